@@ -1,0 +1,247 @@
+"""The batch axis carries the probes: one forward pass of a stacked batch evaluates every perturbation.
+
+Row r of the stacked batch is evaluated at `theta + eps * sign[r] * z[direction[r]]`. Two spaces say what theta is:
+
+* GainSpace: one log-gain per output row (and per input group) of each quantised layer. A gain acts on activations,
+  `y = exp(row) * (W (exp(col) * x)) + b`, so every row of the batch can carry a direction of its own at the price of
+  one fused multiply, and it folds back into the scales exactly: `s = s0 * exp(row[r] + col[g])`.
+* GroupSpace: one theta per quantisation group, the space of QZO (Shang et al., arXiv:2505.13430). Relative form
+  `s = s0 * exp(theta)`, or the paper's absolute form `s = max(s0 + theta, 0)`. Each slice of the batch that shares a
+  probe runs with its own scales.
+
+A model is dressed from outside and for the length of a `with` block: its layers' `forward` is replaced, and put back
+also after an exception. Base scales are never written.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from zo_engine.noise import Layout
+from zo_engine.scales import ScaleView
+
+
+@dataclass(frozen=True)
+class Probes:
+    """What each row of a stacked batch carries.
+
+    z: [P, n] directions; eps: size of the perturbation; direction [R]: index into z; sign [R]: +1, -1 or 0.
+    sample [R]: which example of the batch the row evaluates.
+    """
+
+    z: Tensor
+    eps: float
+    direction: Tensor
+    sign: Tensor
+    sample: Tensor
+
+    def rows(self, index: Tensor) -> "Probes":
+        """The same probes, for some rows only."""
+        return replace(self, direction=self.direction[index], sign=self.sign[index], sample=self.sample[index])
+
+
+def central(z: Tensor, eps: float, batch: int, own: bool) -> Probes:
+    """Rows for central differences: first every plus, then every minus, in the same order.
+
+    own: direction p belongs to example `p % batch` alone (P rows a sign, P a multiple of `batch`);
+    else every example sees every direction (P * batch rows a sign, direction-major).
+    """
+    count = len(z)
+    if own:
+        if count % batch:
+            raise ValueError(f"own directions need a multiple of the batch: {count} directions for {batch} examples")
+        direction, sample = torch.arange(count), torch.arange(count) % batch
+    else:
+        direction, sample = torch.arange(count).repeat_interleave(batch), torch.arange(batch).repeat(count)
+    sign = torch.ones(len(direction), dtype=torch.int8)
+    return Probes(z, eps, direction.repeat(2), torch.cat([sign, -sign]), sample.repeat(2))
+
+
+def along(direction: Tensor, size: float, batch: int) -> Probes:
+    """Rows for a line search: every example at minus, zero and plus `size` times one direction [n]."""
+    sign = torch.tensor([-1, 0, 1], dtype=torch.int8).repeat_interleave(batch)
+    return Probes(direction[None], size, torch.zeros(3 * batch, dtype=torch.int64), sign, torch.arange(batch).repeat(3))
+
+
+class Space:
+    """What theta means. `layout` names its tensors; theta itself is one flat fp32 vector [layout.size]."""
+
+    layout: Layout
+    views: dict[str, ScaleView]
+
+    def scales(self, theta: Tensor) -> Iterator[tuple[ScaleView, Tensor]]:
+        """Every layer with the scale that theta gives it, one at a time."""
+        raise NotImplementedError
+
+    def _forwards(self, theta: Tensor, probes: Probes | None) -> Iterator[tuple[ScaleView, Callable]]:
+        """Every layer with the forward that evaluates the probes."""
+        raise NotImplementedError
+
+    @contextmanager
+    def folded(self, theta: Tensor) -> Iterator[None]:
+        """The model with theta written into its scales: what previews, evaluation and export run."""
+        try:
+            for view, scale in self.scales(theta):
+                view.put(scale)
+            yield
+        finally:
+            for view in self.views.values():
+                view.restore()
+
+    @contextmanager
+    def dressed(self, theta: Tensor, probes: Probes | None = None) -> Iterator[None]:
+        """The model evaluating one probe per row of its batch (all rows at theta without probes)."""
+        previous = {}
+        try:
+            for view, forward in self._forwards(theta, probes):
+                previous[view] = view.module.__dict__.get("forward")
+                view.module.forward = forward
+            yield
+        finally:
+            for view, forward in previous.items():
+                if forward is None:
+                    del view.module.forward
+                else:
+                    view.module.forward = forward
+                view.restore()
+
+
+def _expect_rows(view: ScaleView, x: Tensor, rows: int) -> None:
+    if x.shape[0] != rows:
+        raise ValueError(
+            f"{view.name} received {x.shape[0]} rows where the stacked batch has {rows}: "
+            "this layer does not keep the batch as its first axis"
+        )
+
+
+class GainSpace(Space):
+    """One log-gain per output row, and per group of inputs if `columns`, of every layer whose groups respect rows.
+
+    Layers where a group straddles two rows cannot be folded exactly; they stay frozen and are named in `left_out`.
+    """
+
+    def __init__(self, views: dict[str, ScaleView], columns: bool = False):
+        self.views = {name: view for name, view in views.items() if view.rowwise}
+        self.left_out = [name for name in views if name not in self.views]
+        if not self.views:
+            raise ValueError("gain space needs layers whose groups do not straddle two rows; use group space here")
+        shapes = {f"{name}.rows": (view.out_features,) for name, view in self.views.items()}
+        if columns:
+            shapes |= {f"{name}.columns": (view.groups,) for name, view in self.views.items() if view.groups > 1}
+        self.layout = Layout(shapes)
+
+    def scales(self, theta: Tensor) -> Iterator[tuple[ScaleView, Tensor]]:
+        parts = self.layout.split(theta)
+        for name, view in self.views.items():
+            log_gain = parts[f"{name}.rows"][:, None]
+            if f"{name}.columns" in parts:
+                log_gain = log_gain + parts[f"{name}.columns"]
+            yield view, view.base.view(view.shape) * log_gain.exp()
+
+    def _forwards(self, theta: Tensor, probes: Probes | None) -> Iterator[tuple[ScaleView, Callable]]:
+        parts = self.layout.split(theta)
+        z = self.layout.split(probes.z) if probes else {}
+        step = (probes.eps * probes.sign.to(theta.device, torch.float32))[:, None] if probes else None
+        direction = probes.direction.to(theta.device) if probes else None
+
+        def gain(name: str) -> Tensor:
+            """[R, k] gains of the stacked rows, made when the layer runs: memory of one layer, not of the model."""
+            if probes is None:
+                return parts[name].exp()[None]
+            return (z[name].index_select(0, direction) * step).add_(parts[name]).exp_()
+
+        def dress(view: ScaleView, plain: Callable) -> Callable:
+            rows, columns = f"{view.name}.rows", f"{view.name}.columns"
+
+            def forward(x: Tensor) -> Tensor:
+                if probes is not None:
+                    _expect_rows(view, x, len(direction))
+                lead = [-1] + [1] * (x.ndim - 2)  # [R, 1, ..., k]: broadcast over tokens
+                if columns in parts:
+                    wide = gain(columns).repeat_interleave(view.block, dim=-1)
+                    x = (x * wide.view(*lead, view.in_features)).to(x.dtype)
+                y, g = plain(x), gain(rows).view(*lead, view.out_features)
+                if view.bias is None:
+                    return (y * g).to(y.dtype)
+                return torch.addcmul(view.bias * (1 - g), y, g).to(y.dtype)  # the bias is not scaled
+
+            return forward
+
+        for view in self.views.values():
+            yield view, dress(view, view.module.forward)
+
+
+class GroupSpace(Space):
+    """One theta per quantisation group. relative: `s = s0 * exp(theta)`; else the paper's `s = max(s0 + theta, 0)`."""
+
+    left_out: tuple[str, ...] = ()
+
+    def __init__(self, views: dict[str, ScaleView], relative: bool = True, clamp: bool = True):
+        self.views, self.relative, self.clamp = views, relative, clamp
+        self.layout = Layout({f"{name}.groups": view.shape for name, view in views.items()})
+
+    def _scale(self, view: ScaleView, theta: Tensor) -> Tensor:
+        base = view.base.view(view.shape)
+        if self.relative:
+            return base * theta.exp()
+        scale = base + theta
+        return scale.clamp_(min=0) if self.clamp else scale
+
+    def scales(self, theta: Tensor) -> Iterator[tuple[ScaleView, Tensor]]:
+        parts = self.layout.split(theta)
+        for name, view in self.views.items():
+            yield view, self._scale(view, parts[f"{name}.groups"])
+
+    def _forwards(self, theta: Tensor, probes: Probes | None) -> Iterator[tuple[ScaleView, Callable]]:
+        parts = self.layout.split(theta)
+        z = self.layout.split(probes.z) if probes else {}
+        runs = _runs(probes) if probes else [(0, None, 0, 0.0)]
+
+        def dress(view: ScaleView, plain: Callable) -> Callable:
+            name = f"{view.name}.groups"
+
+            def forward(x: Tensor) -> Tensor:
+                if probes is not None:
+                    _expect_rows(view, x, len(probes.sign))
+                outputs = []
+                for start, stop, direction, step in runs:
+                    moved = parts[name] + step * z[name][direction] if step else parts[name]
+                    view.put(self._scale(view, moved))
+                    outputs.append(plain(x[start:stop]))
+                return torch.cat(outputs)
+
+            return forward
+
+        for view in self.views.values():
+            yield view, dress(view, view.module.forward)
+
+
+def _runs(probes: Probes) -> list[tuple[int, int, int, float]]:
+    """Consecutive rows that share a probe: (start, stop, direction, eps * sign)."""
+    runs: list[tuple[int, int, int, float]] = []
+    for row, (direction, sign) in enumerate(zip(probes.direction.tolist(), probes.sign.tolist(), strict=True)):
+        if runs and runs[-1][2:] == (direction, probes.eps * sign):
+            runs[-1] = (runs[-1][0], row + 1, direction, probes.eps * sign)
+        else:
+            runs.append((row, row + 1, direction, probes.eps * sign))
+    return runs
+
+
+@torch.no_grad()
+def evaluate(
+    space: Space, theta: Tensor, probes: Probes, loss: Callable[[Tensor], Tensor], chunk: int | None = None
+) -> Tensor:
+    """One loss per row of the stacked batch, fp32 or wider, [R].
+
+    loss(sample) gets the example index of every row [r] and returns r losses of the dressed model. `chunk` bounds
+    the rows of one forward pass: the result does not depend on it beyond the rounding of differently shaped matmuls.
+    """
+    losses = []
+    for rows in torch.arange(len(probes.sign)).split(chunk or len(probes.sign)):
+        part = probes.rows(rows)
+        with space.dressed(theta, part):
+            losses.append(loss(part.sample))
+    return torch.cat(losses)

@@ -1,0 +1,153 @@
+"""What a run is: one flat, frozen list of settings, read from and written to TOML, and every check of user input.
+
+The command line's flags and the page's form are made from these fields; the help text stands under each. A value of
+0 or "" for a field that says "found" or "from the model" means: leave it to the method. Imports no torch.
+"""
+
+import dataclasses
+import difflib
+import math
+import tomllib
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import tomli_w
+
+
+class RecipeError(ValueError):
+    """A setting that cannot be used; one sentence that says what was given and what is possible."""
+
+
+def setting(default: Any, help: str, *, low: float = -math.inf, high: float = math.inf, choices: tuple = ()) -> Any:
+    """A field of the recipe with its help text and what is possible."""
+    return dataclasses.field(default=default, metadata={"help": help, "low": low, "high": high, "choices": choices})
+
+
+@dataclass(frozen=True)
+class Recipe:
+    # What is taught
+    images: str = setting("", "folder of pictures, captions beside them as .txt")
+    trigger: str = setting("", "the word that calls the style, put where captions say [trigger]")
+    caption: str = setting("", "caption of pictures that have none")
+    model: str = setting("tiny-sd3", "a known model, a folder, or a hub repository")
+    quantization: str = setting("nf4", "how weights are stored", choices=("nf4", "fp4", "int8"))
+    resolution: str = setting("", "512, or WIDTHxHEIGHT buckets such as 64x64,64x96; empty: from the model")
+    # How long
+    steps: int = setting(300, "steps of the run", low=1)
+    batch_size: int = setting(16, "pictures in one step", low=1)
+    rows: int = setting(0, "rows of one forward pass, to bound memory; 0: the whole stacked batch", low=0)
+    # The method
+    space: str = setting("gain", "what moves: gains per row, one scale per group, or the published absolute form",
+                         choices=("gain", "group", "absolute"))  # fmt: skip
+    columns: bool = setting(False, "gain space: one gain per group of inputs as well")
+    directions: int = setting(1, "directions per picture (gain space) or per step (group space)", low=1)
+    noise: str = setting("rademacher", "kind of direction", choices=("rademacher", "gaussian"))
+    eps: float = setting(0.01, "size of the perturbation; relative, but for the absolute form", low=1e-8, high=1.0)
+    clip: float = setting(0.0, "clip of the directional derivative; 0: the running quantile", low=0.0)
+    clip_quantile: float = setting(0.98, "quantile of |d| that the clip follows", low=0.5, high=1.0)
+    optimizer: str = setting("momentum", "rule of the update", choices=("sgd", "momentum", "adam"))
+    momentum: float = setting(0.9, "memory of the update's average", low=0.0, high=0.9999)
+    step_size: float = setting(0.0, "step size; 0: found by the run itself", low=0.0)
+    search_every: int = setting(10, "steps between two line searches for the step size", low=1)
+    warmup: int = setting(0, "steps over which the step size rises", low=0)
+    decay: float = setting(0.2, "last share of the run over which the step size falls to zero", low=0.0, high=1.0)
+    # The loss
+    caption_dropout: float = setting(0.1, "share of pictures shown without caption, for guidance", low=0.0, high=1.0)
+    holdout: float = setting(0.15, "share of pictures kept out of training, for the held-out loss", low=0.0, high=0.5)
+    sigma_mean: float = setting(0.0, "mean of the logit-normal noise level", low=-5, high=5)
+    sigma_std: float = setting(1.0, "spread of the logit-normal noise level", low=0.05, high=5)
+    shift: float = setting(0.0, "shift of the noise level; 0: from the model's scheduler", low=0.0, high=20)
+    # What is looked at
+    prompts: tuple[str, ...] = setting((), "preview prompts; empty: made from the captions")
+    preview_every: int = setting(100, "steps between previews; 0: only first and last", low=0)
+    preview_steps: int = setting(20, "sampler steps of a preview", low=1, high=200)
+    guidance: float = setting(4.0, "guidance scale of a preview", low=1.0, high=30.0)
+    preview_seed: int = setting(42, "seed of the first preview; the next ones follow", low=0)
+    evaluate_every: int = setting(25, "steps between held-out losses", low=1)
+    evaluate_items: int = setting(64, "fixed (picture, noise level, noise) items of the held-out loss", low=8)
+    # The machine
+    seed: int = setting(0, "seed of the run", low=0, high=2**63 - 1)
+    device: str = setting("auto", "auto, cpu, cuda or cuda:N")
+    dtype: str = setting("auto", "compute precision", choices=("auto", "float32", "float16", "bfloat16"))
+
+    def __post_init__(self) -> None:
+        for f in fields(self):
+            object.__setattr__(self, f.name, _checked(f, getattr(self, f.name)))
+
+    def public(self) -> dict[str, Any]:
+        """The settings that may leave the machine: without folders."""
+        values = {f.name: _plain(getattr(self, f.name)) for f in fields(self) if f.name not in ("images", "device")}
+        return values | {"model": Path(self.model).name if Path(self.model).is_absolute() else self.model}
+
+
+def _checked(field: dataclasses.Field, value: Any) -> Any:
+    """The value in the field's own type, or RecipeError."""
+    kind, meta = field.type, field.metadata
+    if kind == tuple[str, ...]:
+        if not isinstance(value, list | tuple) or not all(isinstance(v, str) for v in value):
+            raise RecipeError(f"{field.name} must be a list of texts, not {value!r}")
+        return tuple(value)
+    if kind is float and type(value) is int:
+        value = float(value)
+    if type(value) is not kind:
+        words = {str: "a text", int: "a whole number", float: "a number", bool: "true or false"}[kind]
+        raise RecipeError(f"{field.name} must be {words}, not {value!r}")
+    if kind in (int, float) and not meta["low"] <= value <= meta["high"]:  # NaN fails both
+        raise RecipeError(f"{field.name} = {value} is outside of {_range(meta)}")
+    if meta["choices"] and value not in meta["choices"]:
+        raise RecipeError(f"{field.name} = {value!r} is not possible; choose from {', '.join(meta['choices'])}")
+    return value
+
+
+def _range(meta: Any) -> str:
+    low, high = meta["low"], meta["high"]
+    return f"{low:g} and above" if high == math.inf else f"{low:g} to {high:g}"
+
+
+def make(values: dict[str, Any], source: str = "the recipe") -> Recipe:
+    """A recipe from settings by name; raises RecipeError for an unknown name, with the nearest known ones."""
+    known = {f.name for f in fields(Recipe)}
+    for key in values:
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=3, cutoff=0.5)
+            hint = f"did you mean {' or '.join(near)}?" if near else f"possible are {', '.join(sorted(known))}"
+            raise RecipeError(f"{source} has an unknown setting {key!r}; {hint}")
+    return Recipe(**values)
+
+
+def load(path: Path) -> Recipe:
+    """Read a TOML recipe; `images` and a `model` folder are relative to the file. Raises RecipeError."""
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+        values = tomllib.loads(text)
+    except FileNotFoundError:
+        raise RecipeError(f"there is no recipe at {path}") from None
+    except (IsADirectoryError, PermissionError) as error:
+        raise RecipeError(f"{path} cannot be read as a recipe: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise RecipeError(f"{path} is not a text file in UTF-8") from None
+    except tomllib.TOMLDecodeError as error:
+        raise RecipeError(f"{path} is not valid TOML: {error}") from None
+    recipe = make(values, str(path))
+    return dataclasses.replace(
+        recipe, images=_beside(path, recipe.images), model=_beside(path, recipe.model, only_if_there=True)
+    )
+
+
+def _beside(recipe: Path, value: str, only_if_there: bool = False) -> str:
+    """A path that a recipe names is meant from where the recipe lies."""
+    if not value or Path(value).is_absolute():
+        return value
+    candidate = (recipe.parent / value).resolve()
+    return value if only_if_there and not candidate.exists() else str(candidate)
+
+
+def dump(recipe: Recipe) -> str:
+    """The recipe as TOML, every field in order."""
+    return tomli_w.dumps({f.name: _plain(getattr(recipe, f.name)) for f in fields(recipe)}, multiline_strings=False)
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value

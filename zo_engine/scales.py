@@ -1,0 +1,169 @@
+"""The quantisation scales of a model, whatever its format.
+
+A quantised layer computes `W[r, c] = code[r, c] * scale[r, group(c)]`. Formats differ in where the scale lives; that
+difference is one entry of the table FORMATS, and everything else sees a `ScaleView`: an fp32 tensor [out, groups]
+that can be read and replaced.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import bitsandbytes as bnb
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Format:
+    """Where one kind of layer keeps its scale: how to tell the layer, read the live tensor and put another in place."""
+
+    name: str
+    matches: Callable[[nn.Module], bool]
+    get: Callable[[nn.Module], Tensor]
+    put: Callable[[nn.Module, Tensor], None]
+    shape: Callable[[nn.Module], tuple[int, int]]  # of the weight: (out_features, in_features)
+    block: Callable[[nn.Module], int]  # consecutive weights of the row-major weight that share one scale
+
+
+def _is_4bit(quant_type: str) -> Callable[[nn.Module], bool]:
+    def matches(module: nn.Module) -> bool:
+        state = getattr(getattr(module, "weight", None), "quant_state", None)
+        return isinstance(module, bnb.nn.Linear4bit) and state is not None and state.quant_type == quant_type
+
+    return matches
+
+
+def _put_absmax(module: nn.Module, scale: Tensor) -> None:
+    module.weight.quant_state.absmax = scale
+
+
+def _put_scb(module: nn.Module, scale: Tensor) -> None:
+    # bitsandbytes moves SCB from the weight to the layer's state at its first forward; write wherever it is now.
+    holder = module.state if module.state.SCB is not None else module.weight
+    holder.SCB = scale
+
+
+def _put_weight(module: nn.Module, scale: Tensor) -> None:
+    module.weight.data = scale.view(module.weight.shape)
+
+
+def _four_bit(name: str) -> Format:
+    return Format(
+        name,
+        _is_4bit(name),
+        get=lambda m: m.weight.quant_state.absmax,
+        put=_put_absmax,
+        shape=lambda m: tuple(m.weight.quant_state.shape),
+        block=lambda m: m.weight.quant_state.blocksize,
+    )
+
+
+FORMATS = (
+    _four_bit("nf4"),
+    _four_bit("fp4"),
+    Format(
+        "int8",
+        lambda m: isinstance(m, bnb.nn.Linear8bitLt),
+        get=lambda m: m.state.SCB if m.state.SCB is not None else m.weight.SCB,
+        put=_put_scb,
+        shape=lambda m: (m.out_features, m.in_features),
+        block=lambda m: m.in_features,
+    ),
+    # A plain layer: every weight is its own scale. In group space with absolute noise this is MeZO.
+    Format(
+        "dense",
+        lambda m: type(m) is nn.Linear,
+        get=lambda m: m.weight.data,
+        put=_put_weight,
+        shape=lambda m: (m.out_features, m.in_features),
+        block=lambda m: 1,
+    ),
+)
+
+
+class ScaleView:
+    """The scale of one layer. `base` is the tensor that was there at first; it is never written to."""
+
+    def __init__(self, name: str, module: nn.Module, format: Format):
+        self.name, self.module, self.format = name, module, format
+        self.out_features, self.in_features = format.shape(module)
+        self.block = format.block(module)
+        self.base = format.get(module)
+        if format.name in ("nf4", "fp4") and module.weight.quant_state.nested:
+            raise ValueError(f"{name}: scales are still double-quantised; load the model through zo_engine.models")
+        if self.base.numel() * self.block != self.out_features * self.in_features and self.rowwise:
+            raise ValueError(f"{name}: {self.base.numel()} scales do not cover {self.out_features} rows")
+
+    @property
+    def rowwise(self) -> bool:
+        """Whether no group of weights straddles two rows, so that a gain per row folds into the scales exactly."""
+        return self.in_features % self.block == 0
+
+    @property
+    def groups(self) -> int:
+        """Scales per row."""
+        return self.in_features // self.block
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """[out, groups], or flat where a group straddles two rows."""
+        return (self.out_features, self.groups) if self.rowwise else (self.base.numel(),)
+
+    @property
+    def bias(self) -> Tensor | None:
+        return getattr(self.module, "bias", None)
+
+    def put(self, scale: Tensor) -> None:
+        """Make the layer compute with `scale` (any shape of the right size) from its next forward on.
+
+        The new tensor is contiguous and keeps the base's dtype: bitsandbytes misreads anything else in silence.
+        """
+        self.format.put(self.module, scale.to(self.base.dtype).contiguous().view(self.base.shape))
+
+    def restore(self) -> None:
+        """Put the base back: the very tensor, hence bit for bit."""
+        self.format.put(self.module, self.base)
+
+
+def find_scales(model: nn.Module, formats: tuple[str, ...] = ("nf4", "fp4", "int8")) -> dict[str, ScaleView]:
+    """Every layer of `model` whose scale we know how to reach, by name, in the model's own order.
+
+    Raises ValueError when there is none, naming the kinds of layers that were seen.
+    """
+    table = [f for f in FORMATS if f.name in formats]
+    views = {}
+    for name, module in model.named_modules():
+        found = next((f for f in table if f.matches(module)), None)
+        if found is not None:
+            views[name] = ScaleView(name, module, found)
+    if not views:
+        seen = sorted({type(m).__name__ for m in model.modules() if getattr(m, "weight", None) is not None})
+        raise ValueError(f"no layer with scales of format {', '.join(formats)}; the layers here are {', '.join(seen)}")
+    return views
+
+
+@torch.no_grad()
+def prove_live(views: dict[str, ScaleView]) -> None:
+    """Stop with ValueError if a kind of layer ignores its scale: some kernels cache a copy of it.
+
+    For one layer of each (class, format): bump the scale by 10 %, see the output change, put it back.
+    """
+    kinds = {(type(v.module), v.format.name): v for v in views.values()}
+    for (kind, format), view in kinds.items():
+        weight = view.module.weight
+        dtype = getattr(view.module, "compute_dtype", None) or (
+            weight.dtype if weight.dtype.is_floating_point else torch.float32
+        )
+        x = torch.ones(2, view.in_features, device=weight.device, dtype=dtype)
+        before = view.module(x)
+        view.base = view.format.get(view.module)  # a first forward may move it (int8)
+        try:
+            view.put(view.base * 1.1)
+            changed = not torch.equal(view.module(x), before)
+        finally:
+            view.restore()
+        if not changed:
+            raise ValueError(
+                f"{view.name}: {kind.__module__}.{kind.__name__} ({format}) does not react to a changed scale; "
+                "its kernel keeps a copy, so it cannot be fine-tuned"
+            )
