@@ -1,0 +1,48 @@
+"""What every benchmark writes beside its figures: date, machine, commit, versions. Results are JSON and PNG beside it."""
+
+import json
+import platform
+import subprocess
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+RESULTS = Path(__file__).parent / "results"
+CHECKOUT = Path(__file__).parent.parent
+
+
+def circumstances() -> dict[str, Any]:
+    """Where and on what the figures were measured."""
+    commit = subprocess.run(
+        ["git", "describe", "--always", "--dirty"], cwd=CHECKOUT, capture_output=True, text=True, check=True
+    ).stdout.strip()
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
+    return {
+        "date": date.today().isoformat(),
+        "commit": commit,
+        "cpu": _cpu(),
+        "cores": psutil.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "gpu": gpu,
+        "python": platform.python_version(),
+        "torch": torch.__version__.split("+")[0],
+    }
+
+
+def _cpu() -> str:
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        for line in info.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":")[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def save(name: str, figures: dict[str, Any]) -> Path:
+    RESULTS.mkdir(exist_ok=True)
+    path = RESULTS / f"{name}.json"
+    path.write_text(json.dumps({"circumstances": circumstances(), **figures}, indent=1) + "\n")
+    return path

@@ -1,0 +1,168 @@
+"""(c) Held-out loss against forwards: our default, the published form (as published, and with its best step size
+found by a sweep), and first-order Adam on the same gains as the upper bound. Several seeds; a table and a plot.
+
+    python benchmarks/learning.py [--recipe styles/tarot/recipe.toml] [--seeds 0 1 2] [--only ours published ...]
+
+A forward is one pass of one batch through the model; a line search counts its three. A first-order step counts three:
+one forward, and a backward that costs about two.
+"""
+
+import argparse
+import dataclasses
+import json
+import tempfile
+from pathlib import Path
+
+import matplotlib.figure
+import numpy as np
+import torch
+from common import CHECKOUT, RESULTS, save
+
+from zo_engine import recipe as recipes
+from zo_engine.recipe import Recipe
+from zo_engine.run import Run
+from zo_engine.scales import find_scales
+from zo_engine.style import make_space
+from zo_engine.train import Studio, Training, prepare
+
+PUBLISHED = {"space": "absolute", "noise": "gaussian", "eps": 1e-3, "clip": 100.0, "optimizer": "sgd", "decay": 0.0}
+STEP_SIZES = (1e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2)  # of the sweep; the published one is 1e-6
+RATES = (3e-3, 1e-2, 3e-2)  # of first-order Adam's sweep
+
+Curve = list[tuple[int, float]]  # (forwards, held-out loss)
+
+
+def zeroth(studio: Studio, recipe: Recipe, every: int) -> Curve:
+    """Train as the recipe says and note the held-out loss every `every` steps."""
+    with tempfile.TemporaryDirectory() as folder:
+        run = Run.create(Path(folder) / "run", recipe)
+        space = make_space(find_scales(studio.transformer), recipe)
+        training = Training(run, dataclasses.replace(studio, recipe=recipe, space=space))
+        forwards, curve = 0, []
+        for step in range(recipe.steps + 1):
+            if step % every == 0 or step == recipe.steps:
+                training.evaluate()
+                curve.append((forwards, training.held_out if training.held_out is not None else float("nan")))
+                if curve[-1][1] != curve[-1][1] or curve[-1][1] > 3 * curve[0][1]:
+                    break  # it explodes
+            if step < recipe.steps:
+                forwards += 5 if training.step().search else 2
+    return curve
+
+
+def first_order(studio: Studio, recipe: Recipe, rate: float, every: int) -> Curve:
+    """Adam with exact gradients on the same theta, batches and pictures seen."""
+    space, task = studio.space, studio.task
+    theta = torch.zeros(space.layout.size, requires_grad=True)
+    adam = torch.optim.Adam([theta], lr=rate)
+    items = task.evaluation(recipe.evaluate_items)
+    curve = []
+    for step in range(recipe.steps + 1):
+        if step % every == 0 or step == recipe.steps:
+            with torch.no_grad(), space.folded(theta.detach()):
+                curve.append((3 * step, torch.cat([task.losses(b) for b in items]).mean().item()))
+        if step < recipe.steps:
+            for group in adam.param_groups:
+                group["lr"] = rate * min(1.0, (recipe.steps - step) / (0.2 * recipe.steps))
+            adam.zero_grad()
+            with space.dressed(theta):
+                task.losses(task.batch(step, recipe.batch_size)).mean().backward()
+            adam.step()
+    return curve
+
+
+def forwards_to(curve: Curve, loss: float) -> float | None:
+    """The forwards at which a curve first reaches a loss, interpolated; None if never."""
+    for (f0, l0), (f1, l1) in zip(curve, curve[1:], strict=False):
+        if l1 <= loss:
+            return f1 if l0 == l1 else f0 + (f1 - f0) * (l0 - loss) / (l0 - l1)
+    return None
+
+
+def best(curves: dict[float, Curve]) -> float:
+    """The setting whose curve ends lowest, without having exploded."""
+    ends = {key: curve[-1][1] for key, curve in curves.items() if np.isfinite(curve[-1][1])}
+    return min(ends, key=ends.get)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--recipe", type=Path, default=CHECKOUT / "styles" / "tarot" / "recipe.toml")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--published-steps", type=int, default=0, help="steps of the published form; 0: five times ours")
+    parser.add_argument("--name", default="learning")
+    given = parser.parse_args()
+    recipe = recipes.load(given.recipe)
+    many = given.published_steps or 5 * recipe.steps
+    results: dict[str, dict[int, Curve]] = {}
+    chosen: dict[str, float] = {}
+    for seed in given.seeds:
+        mine = dataclasses.replace(recipe, seed=seed)
+        studio = prepare(mine, CHECKOUT / "runs" / ".cache")
+        note = lambda name, curve: results.setdefault(name, {}).__setitem__(seed, curve)  # noqa: B023, E731
+        note("ours", zeroth(studio, mine, every=10))
+        paper = dataclasses.replace(mine, **PUBLISHED)
+        if "published" not in chosen:  # the sweeps use the first seed, the others its best
+            short = dataclasses.replace(paper, steps=max(100, many // 5))
+            sweep = {s: zeroth(studio, dataclasses.replace(short, step_size=s), 20) for s in STEP_SIZES}
+            chosen["published"] = best(sweep)
+            rates = {rate: first_order(studio, mine, rate, 10) for rate in RATES}
+            chosen["first order"] = best(rates)
+            print("sweeps:", {k: v[-1] for k, v in sweep.items()}, {k: v[-1] for k, v in rates.items()}, flush=True)
+        note("first order", first_order(studio, mine, chosen["first order"], 10))
+        as_published = dataclasses.replace(paper, steps=recipe.steps, step_size=1e-6)
+        note("published settings", zeroth(studio, as_published, 20))
+        long = dataclasses.replace(paper, steps=many, step_size=chosen["published"])
+        note("published form, best step size", zeroth(studio, long, 20))
+        print(seed, {name: curves[seed][-1] for name, curves in results.items()}, flush=True)
+    table = summary(results)
+    figures = {"recipe": mine.public(), "chosen": chosen, "table": table, "curves": results}
+    print(save(given.name, figures))
+    print(json.dumps(table, indent=1))
+    plot(results, RESULTS / f"{given.name}.png")
+
+
+def summary(results: dict[str, dict[int, Curve]]) -> dict:
+    """For every seed: start, ends, our share of the first-order fall, and forwards to our final loss."""
+    table = {}
+    for seed, ours in results["ours"].items():
+        start, end = ours[0][1], min(loss for _, loss in ours)
+        upper = min(loss for _, loss in results["first order"][seed])
+        paper = results["published form, best step size"][seed]
+        needed = forwards_to(paper, end)
+        reached = min(loss for _, loss in paper)
+        table[seed] = {
+            "start": start,
+            "ours": end,
+            "first order": upper,
+            "share of the first-order fall": (start - end) / (start - upper),
+            "published settings": min(loss for _, loss in results["published settings"][seed]),
+            "published form, best step size": reached,
+            "forwards of the published form to our loss": needed,
+            "our forwards to the best loss of the published form": forwards_to(ours, reached),
+            "our forwards": ours[-1][0],
+            "published form's forwards": paper[-1][0],
+        }
+    return table
+
+
+def plot(results: dict[str, dict[int, Curve]], path: Path) -> None:
+    """Mean over the seeds, and the range as a band."""
+    figure = matplotlib.figure.Figure(figsize=(9, 5), dpi=120, layout="constrained")
+    axes = figure.subplots()
+    for name, curves in results.items():
+        shortest = min(len(curve) for curve in curves.values())
+        values = np.array([[loss for _, loss in curve[:shortest]] for curve in curves.values()])
+        forwards = [f for f, _ in next(iter(curves.values()))[:shortest]]
+        (line,) = axes.plot(forwards, values.mean(0), label=name)
+        axes.fill_between(forwards, values.min(0), values.max(0), color=line.get_color(), alpha=0.15, lw=0)
+    axes.set_xlabel("forwards of one batch (log scale beyond 100)")
+    axes.set_xscale("symlog", linthresh=100)
+    axes.set_ylabel("held-out loss")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
+    figure.savefig(path)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,40 @@
+"""What the tests share: tiny real models, made once."""
+
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+
+from zo_engine.models import load_transformer
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "gpu: needs a CUDA device; skipped without one")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory) -> Path:
+    """A complete random Stable Diffusion 3 pipeline on disk. Not to be written to."""
+    return tiny.save_pipeline(tmp_path_factory.mktemp("tiny") / "model")
+
+
+@pytest.fixture(scope="session")
+def straddling_folder(tmp_path_factory) -> Path:
+    """The same with layers 48 wide, where blocks of 64 weights straddle rows."""
+    return tiny.save_pipeline(tmp_path_factory.mktemp("straddling") / "model", straddle=True)
+
+
+@pytest.fixture(scope="session")
+def transformer(tiny_folder) -> Callable[[str], torch.nn.Module]:
+    """transformer(format): the tiny SD3 transformer in "nf4", "fp4" or "int8". Shared: leave it as it was."""
+    return cache(lambda format: load_transformer(tiny_folder, quantization=format))

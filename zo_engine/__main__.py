@@ -1,0 +1,330 @@
+"""The command line, `qzo`. Flags of `train` are made from the recipe's fields; heavy imports wait for the command."""
+
+import dataclasses
+import json
+import logging
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import click
+
+from zo_engine import __version__
+from zo_engine import recipe as recipes
+from zo_engine.run import Run, RunError, new_name
+
+CHECKOUT = Path(__file__).resolve().parent.parent
+DEMO = CHECKOUT / "styles" / "tarot" / "recipe.toml"
+INTERRUPTED = 130
+
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # what libraries say on import is not for our users
+os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+
+out_option = click.option("--out", type=click.Path(path_type=Path), help="Where to write it.")
+model_option = click.option("--model", default="", help="The base, if it is not where the style says.")
+device_option = click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
+strength_option = click.option("--strength", default=1.0, show_default=True, help="0 is the base, 1 the style, up to 1.5.")
+json_option = click.option("--json", "as_json", is_flag=True, help="Machine-readable output.")
+source_argument = click.argument("source", type=click.Path(exists=True, path_type=Path))
+
+
+def recipe_options(command: Callable) -> Callable:
+    """One flag for every field of the recipe, with the field's help; what is not given stays as the recipe says."""
+    kinds = {str: click.STRING, int: click.INT, float: click.FLOAT, bool: click.BOOL}
+    for field in reversed(dataclasses.fields(recipes.Recipe)):
+        many = field.type == tuple[str, ...]
+        kind = click.Choice(field.metadata["choices"]) if field.metadata["choices"] else kinds.get(field.type, click.STRING)
+        default = "none" if field.default in ("", ()) else field.default
+        help = f"{field.metadata['help']}  [default: {default}]"
+        flag = f"--{field.name.replace('_', '-')}"
+        command = click.option(flag, field.name, type=kind, multiple=many, default=None, help=help)(command)
+    return command
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(__version__, prog_name="qzo")
+@click.option("--runs-dir", type=click.Path(path_type=Path), default=Path("runs"), show_default=True, help="Folder of runs.")
+@click.pass_context
+def cli(context: click.Context, runs_dir: Path) -> None:
+    """Fine-tune a quantised model in the memory of inference: teach it a style from a few pictures."""
+    context.obj = runs_dir
+
+
+@cli.command()
+@click.argument("recipe", type=click.Path(path_type=Path))
+@out_option
+@json_option
+@recipe_options
+@click.pass_obj
+def train(runs_dir: Path, recipe: Path, out: Path | None, as_json: bool, **given) -> None:
+    """Train as RECIPE (a .toml file) says; any setting can be overridden by its flag."""
+    given = {k: v for k, v in given.items() if v is not None and v != ()}
+    loaded = recipes.make(dataclasses.asdict(recipes.load(recipe)) | given, "the command line")
+    name = recipe.parent.name if recipe.stem == "recipe" else recipe.stem
+    run = Run(out or new_name(runs_dir, name))
+    finish(start(run, loaded, runs_dir, as_json), run, as_json)
+
+
+@cli.command()
+@click.argument("run", type=click.Path(path_type=Path))
+@json_option
+def resume(run: Path, as_json: bool) -> None:
+    """Continue RUN where it stopped, as if it never had."""
+    opened = Run.open(run)
+    finish(start(opened, None, opened.path.parent, as_json), opened, as_json)
+
+
+def start(run: Run, recipe: recipes.Recipe | None, runs_dir: Path, as_json: bool) -> str:
+    """Load, train, save: a new run if there is a recipe, else the run's own. Nothing is written before all is loaded."""
+    from zo_engine import train as training
+
+    quiet()
+    say = lambda text: click.echo(text, err=True)  # noqa: E731
+    if recipe and run.recipe_file.exists():
+        Run.create(run.path, recipe)  # refuses
+    studio = training.prepare(recipe or run.recipe(), runs_dir / ".cache", say)
+    if recipe:
+        run = Run.create(run.path, recipe)
+    for note in studio.notes:
+        say(f"note: {note}")
+    with run.lock(), training.stop_signals() as stop, progress(studio.recipe.steps, as_json) as report:
+        base = {"model": studio.recipe.model, "code_hash": studio.code_hash}
+        if recipe:
+            run.write_base(**base)
+        elif (expected := run.base().get("code_hash")) not in (None, studio.code_hash):
+            raise RunError(
+                f"{run.path} was trained on other codes ({expected[:12]}) than {studio.recipe.model} has now "
+                f"({studio.code_hash[:12]}): the model has changed, so the run cannot go on"
+            )
+        say(f"training {studio.space.layout.size:,} numbers on {studio.pictures} pictures; run folder {run.path}")
+        try:
+            return training.train(run, studio, report, stop)
+        except (training.TrainingError, OSError) as error:
+            run.write_failure(str(error))
+            raise
+
+
+class progress:
+    """A bar on a terminal, one JSON line a step with --json, silence otherwise."""
+
+    def __init__(self, steps: int, as_json: bool):
+        self.steps, self.as_json, self.bar = steps, as_json, None
+
+    def __enter__(self) -> Callable[[dict], None]:
+        return self.report
+
+    def report(self, facts: dict) -> None:
+        from tqdm import tqdm
+
+        if self.as_json:
+            click.echo(json.dumps(facts))
+            return
+        if self.bar is None:  # made at the first step, so that a resumed run starts where it stands
+            self.bar = tqdm(total=self.steps, initial=facts["step"] - 1, unit="step", disable=None, smoothing=0.05)
+        held = "-" if facts["held_out"] is None else f"{facts['held_out']:.4f}"
+        self.bar.set_postfix_str(f"loss {facts['loss']:.4f}, held-out {held}", refresh=False)
+        self.bar.update()
+
+    def __exit__(self, *exc) -> None:
+        if self.bar is not None:
+            self.bar.close()
+
+
+def finish(state: str, run: Run, as_json: bool) -> None:
+    """Say what came of it, and how to go on."""
+    if as_json:
+        click.echo(json.dumps(run.status()))
+    elif state == "done":
+        evaluations = run.evaluations()
+        click.echo(f"held-out loss {evaluations[0]['loss']:.4f} -> {run.status()['best_held_out']:.4f}")
+        for title, path in (("previews", run.previews), ("plot", run.plot_file), ("style", run.style_file)):
+            click.echo(f"{title:10} {path}")
+    if state == "stopped":
+        click.echo(f"stopped and saved; continue with: qzo resume {run.path}", err=True)
+        sys.exit(INTERRUPTED)
+
+
+@cli.command()
+@click.option("--out", type=click.Path(path_type=Path), help="Run folder.  [default: a new one in --runs-dir]")
+@click.option("--steps", type=click.IntRange(1), default=None, help="Fewer or more steps than the recipe's.")
+@click.pass_obj
+def demo(runs_dir: Path, out: Path | None, steps: int | None) -> None:
+    """Teach the embedded model the bundled tarot cards, compare before and after, and export the result."""
+    recipe = recipes.load(DEMO)
+    if steps:
+        recipe = dataclasses.replace(recipe, steps=steps)
+    run = Run(out or new_name(runs_dir, "demo"))
+    finish(start(run, recipe, runs_dir, False), run, False)
+    from zo_engine import apply, pictures
+
+    styled, how, prompts = opened(run.path, runs_dir, "", "auto", (), None)
+    sheet = pictures.save_png(apply.compare(styled, prompts, 1.0, **how), run.path / "before-after.png")
+    exported = styled.export(run.path / "exported")
+    click.echo(f"{'compare':10} {sheet}\n{'exported':10} {exported}")
+
+
+@cli.command()
+@click.argument("run", type=click.Path(path_type=Path))
+@click.option("--prompt", "prompts", multiple=True, help="What to draw; repeatable.  [default: the run's prompts]")
+@click.option("--seed", type=int, default=None, help="Seed of the first picture.")
+@strength_option
+@out_option
+@device_option
+@click.pass_obj
+def preview(
+    runs_dir: Path, run: Path, prompts: tuple[str, ...], seed: int | None, strength: float, out: Path | None, device: str
+) -> None:
+    """Draw prompts with RUN's style (a run folder or a style file), as one sheet of pictures."""
+    from zo_engine import pictures
+
+    styled, how, prompts = opened(run, runs_dir, "", device, prompts, seed)
+    images = styled.sample(prompts, strength, **how)
+    sheet = pictures.grid([images[i : i + 8] for i in range(0, len(images), 8)])
+    click.echo(pictures.save_png(sheet, out or Path("preview.png"), prompts=" | ".join(prompts)))
+
+
+@cli.command()
+@source_argument
+@click.option("--prompt", "prompts", multiple=True, help="What to draw; repeatable.  [default: the run's prompts]")
+@click.option("--seed", type=int, default=None, help="Seed of the first picture.")
+@strength_option
+@model_option
+@out_option
+@device_option
+@click.pass_obj
+def compare(
+    runs_dir: Path,
+    source: Path,
+    prompts: tuple[str, ...],
+    seed: int | None,
+    strength: float,
+    model: str,
+    out: Path | None,
+    device: str,
+) -> None:
+    """Base against style: the same prompts and seeds, in one picture. SOURCE is a run folder or a style file."""
+    from zo_engine import apply, pictures
+
+    styled, how, prompts = opened(source, runs_dir, model, device, prompts, seed)
+    sheet = apply.compare(styled, prompts, strength, **how)
+    click.echo(pictures.save_png(sheet, out or Path("compare.png"), prompts=" | ".join(prompts)))
+
+
+@cli.command()
+@source_argument
+@click.argument("prompt")
+@click.option("--seed", type=int, default=None, help="Seed of the picture.")
+@strength_option
+@model_option
+@out_option
+@device_option
+@click.pass_obj
+def apply(
+    runs_dir: Path, source: Path, prompt: str, seed: int | None, strength: float, model: str, out: Path | None, device: str
+) -> None:
+    """Put a style (file or run folder) on a freshly loaded base and draw PROMPT."""
+    from zo_engine import pictures
+
+    styled, how, prompts = opened(source, runs_dir, model, device, (prompt,), seed)
+    (image,) = styled.sample(prompts, strength, **how)
+    click.echo(pictures.save_png(image, out or Path("picture.png"), prompt=prompt, strength=str(strength)))
+
+
+def opened(source: Path, runs_dir: Path, model: str, device: str, prompts: tuple[str, ...], seed: int | None):
+    """(styled base, how to sample, prompts): as the style's recipe says where nothing else is given."""
+    from zo_engine.apply import open_style
+
+    quiet()
+    styled = open_style(source, runs_dir / ".cache", model, device)
+    recipe = styled.style.recipe
+    width, height = (int(n) for n in styled.style.facts["size"].split("x"))
+    how = {
+        "size": (width, height),
+        "seed": recipe.preview_seed if seed is None else seed,
+        "steps": recipe.preview_steps,
+        "guidance": recipe.guidance,
+    }
+    return styled, how, list(prompts or recipe.prompts or json.loads(styled.style.facts["prompts"]))
+
+
+@cli.command()
+@source_argument
+@click.argument("folder", type=click.Path(path_type=Path))
+@strength_option
+@model_option
+@device_option
+@click.pass_obj
+def export(runs_dir: Path, source: Path, folder: Path, strength: float, model: str, device: str) -> None:
+    """Write the styled model as a quantised diffusers FOLDER that plain diffusers loads."""
+    from zo_engine.apply import open_style
+
+    quiet()
+    click.echo(open_style(source, runs_dir / ".cache", model, device).export(folder, strength))
+
+
+@cli.command()
+@source_argument
+@json_option
+def inspect(source: Path, as_json: bool) -> None:
+    """Say what SOURCE is: a run folder, a style file, a recipe or a model folder."""
+    from zo_engine.inspection import inspect as look
+
+    facts = look(source)
+    if as_json:
+        click.echo(json.dumps(facts))
+    else:
+        for key, value in facts.items():
+            click.echo(f"{key:18} {value}")
+
+
+@cli.command()
+@json_option
+def doctor(as_json: bool) -> None:
+    """Versions, GPU, memory, disk, and what can run here."""
+    from zo_engine.doctor import describe, report
+
+    found = report()
+    click.echo(json.dumps(found) if as_json else describe(found))
+
+
+@cli.command()
+def ui() -> None:
+    """Open the page (not built yet)."""
+    click.echo("The page does not exist yet. Try `qzo demo`, or `qzo train RECIPE`; `qzo --help` lists all commands.")
+
+
+def main() -> None:
+    """Run the command line: what the user can mend is one sentence and exit code 2, never a traceback."""
+    try:
+        cli(standalone_mode=True)
+    except ValueError as error:
+        if not type(error).__module__.startswith("zo_engine"):
+            raise  # not one of our sentences: a defect, to be seen whole
+        fail(str(error), 2)
+    except OSError as error:
+        if error.errno is None:
+            raise
+        fail(f"{error.filename or 'the disk'}: {error.strerror.lower()}; what was saved before is still there", 2)
+    except KeyboardInterrupt:
+        fail("stopped at once; the journal is whole up to the last step", INTERRUPTED)
+
+
+def quiet() -> None:
+    """No bars for loading a model's parts: ours is the one bar."""
+    import diffusers
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+    diffusers.utils.logging.disable_progress_bar()
+
+
+def fail(sentence: str, code: int) -> None:
+    click.echo(f"qzo: {sentence}", err=True)
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()

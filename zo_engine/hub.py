@@ -1,0 +1,294 @@
+"""Which models there are, and where their files lie: a known name, a folder, or a hub repository.
+
+What is on this machine is used without asking the network. Files are judged by name and header alone; nothing
+is loaded, and torch is not imported.
+"""
+
+import difflib
+import json
+import re
+import shutil
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from pathlib import Path
+
+from huggingface_hub import auth_check, constants, model_info, snapshot_download, try_to_load_from_cache
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HTTPError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+)
+from safetensors import SafetensorError, safe_open
+
+CHECKOUT = Path(__file__).resolve().parent.parent
+
+PIPELINE = "StableDiffusion3Pipeline"
+WEIGHTED_PARTS = ("transformer", "vae", "text_encoder", "text_encoder_2", "text_encoder_3")
+PARTS = (*WEIGHTED_PARTS, "tokenizer", "tokenizer_2", "tokenizer_3", "scheduler")
+WEIGHT_NAMES = ("diffusion_pytorch_model.safetensors", "model.safetensors")  # diffusers' and transformers'
+WEIGHTS = re.compile(r"(diffusion_pytorch_)?model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
+PICKLES = ("*.bin", "*.ckpt", "*.pt", "*.pth", "*.pkl")
+
+
+class ModelError(ValueError):
+    """A model that cannot be found or loaded, in one sentence for the person who asked for it."""
+
+
+@dataclass(frozen=True)
+class KnownModel:
+    name: str
+    repo: str  # hub repository, or a folder relative to the checkout
+    title: str
+    licence: str
+    resolution: str  # buckets to train at, in the recipe's notation
+    notes: str
+    task: str = "image"
+
+
+_STABILITY = "Stability AI Community License (free below 1 M USD of yearly revenue)"
+_KNOWN = (
+    KnownModel(
+        name="tiny-sd3",
+        repo="assets/models/tiny-sd3",
+        title="Tiny SD3 (embedded)",
+        licence="Apache-2.0",
+        resolution="64x64,64x96",
+        notes="the classes of SD3.5 at a few million parameters, trained by this project; for a CPU",
+    ),
+    KnownModel(
+        name="sd3.5-medium",
+        repo="stabilityai/stable-diffusion-3.5-medium",
+        title="Stable Diffusion 3.5 Medium",
+        licence=_STABILITY,
+        resolution="512",
+        notes="2.2 billion weights, 1.3 GB in NF4; downloads about 16 GB",
+    ),
+    KnownModel(
+        name="sd3.5-large",
+        repo="stabilityai/stable-diffusion-3.5-large",
+        title="Stable Diffusion 3.5 Large",
+        licence=_STABILITY,
+        resolution="512",
+        notes="8.1 billion weights, 4.7 GB in NF4; downloads about 28 GB",
+    ),
+    KnownModel(
+        name="sd3.5-large-nf4",
+        repo="sayakpaul/sd35-large-nf4",
+        title="Stable Diffusion 3.5 Large, already in NF4",
+        licence=_STABILITY,
+        resolution="512",
+        notes="8.1 billion weights, 4.7 GB in NF4; downloads about 12 GB",
+    ),
+)
+MODELS = {model.name: model for model in _KNOWN}
+
+
+def locate(model: str, download: bool = True) -> Path:
+    """The folder of a known model, a local folder, or a hub repository `org/name` (downloaded if need be).
+
+    The folder that is returned has passed `check`. Raises ModelError, saying what to do, if there is no such
+    model, its licence has not been accepted, there is no network, the disk is too small, or files are missing or
+    damaged.
+    """
+    known = MODELS.get(model)
+    repo = known.repo if known else model
+    folder = CHECKOUT / repo if known else Path(model).expanduser()
+    if folder.exists():
+        check(folder)
+        return folder
+    if known and not repo.count("/") == 1:
+        raise ModelError(f"the embedded model {model!r} is missing: {folder} should be part of the checkout")
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo):
+        close = difflib.get_close_matches(model, MODELS, n=1)
+        hint = f"did you mean {close[0]!r}?" if close else f"known are {', '.join(MODELS)}"
+        raise ModelError(f"no model {model!r}: neither a known name nor a folder; {hint}")
+    return _from_hub(repo, download)
+
+
+def _from_hub(repo: str, download: bool) -> Path:
+    cached = try_to_load_from_cache(repo, "model_index.json")
+    problem = f"{repo} is not on this machine"
+    if isinstance(cached, str):
+        try:
+            check(Path(cached).parent)
+            return Path(cached).parent
+        except ModelError as error:  # an interrupted download, most likely: fetch what is missing
+            problem = str(error)
+    if not download:
+        raise ModelError(f"{problem}, and downloading was not asked for")
+    try:
+        auth_check(repo)
+        files = {f.rfilename: f.size or 0 for f in model_info(repo, files_metadata=True).siblings}
+        wanted = pipeline_files(list(files))
+        _check_space(repo, sum(files[name] for name in wanted))
+        folder = Path(snapshot_download(repo, allow_patterns=wanted))
+    except GatedRepoError as error:
+        raise ModelError(
+            f"{repo} asks you to accept its licence first: log in at https://huggingface.co/{repo} and accept it, "
+            "then make a token (read) at https://huggingface.co/settings/tokens and give it to `hf auth login`"
+        ) from error
+    except RepositoryNotFoundError as error:
+        raise ModelError(
+            f"there is no folder and no hub repository {repo!r} (or it is private; then run `hf auth login`)"
+        ) from error
+    except (OfflineModeIsEnabled, LocalEntryNotFoundError, HTTPError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise ModelError(
+            f"{problem}, and the hub cannot be reached ({reason}); connect and try again (what has arrived is "
+            "kept), or give the path of a downloaded folder"
+        ) from error
+    check(folder)
+    return folder
+
+
+def pipeline_files(names: list[str]) -> list[str]:
+    """The files of a pipeline among those of a repository: `model_index.json`, the licence, and in the parts'
+    folders configs, tokenizers and safetensors. No pickles, no variants (`model.fp16.safetensors`), and none of
+    the single-file duplicates beside the parts. Raises ModelError if the repository is no such pipeline."""
+    if "model_index.json" not in names:
+        raise ModelError("the repository has no model_index.json: it is not a diffusers pipeline")
+    wanted = [name for name in names if name == "model_index.json" or fnmatch(name, "LICENSE*")]
+    for part in PARTS:
+        inside = [name for name in names if name.startswith(f"{part}/") and name.count("/") == 1]
+        weights = [name for name in inside if WEIGHTS.fullmatch(name.split("/")[1])]
+        if part in WEIGHTED_PARTS and not weights:
+            raise ModelError(f"the repository has no safetensors weights in {part}; pickles are never loaded")
+        text = [
+            name for name in inside if name.endswith((".json", ".txt", ".model")) and ".index." not in name
+        ]
+        wanted += weights + text
+    return sorted(wanted)
+
+
+def _check_space(repo: str, needed: int) -> None:
+    cache = Path(constants.HF_HUB_CACHE)
+    there = next(p for p in (cache, *cache.parents) if p.exists())
+    free = shutil.disk_usage(there).free
+    if needed > free:
+        raise ModelError(
+            f"{repo} needs {needed / 1e9:.1f} GB and {there} has {free / 1e9:.1f} GB free; "
+            "make room, or set HF_HOME to a folder on a larger disk"
+        )
+
+
+def check(folder: Path) -> None:
+    """Raises ModelError unless `folder` is a complete Stable Diffusion 3 pipeline, as far as headers tell."""
+    if folder.is_file():
+        _refuse_file(folder)
+    if not folder.is_dir():
+        raise ModelError(f"there is no folder {folder}")
+    if (folder / "adapter_config.json").exists() or (folder / "pytorch_lora_weights.safetensors").exists():
+        raise ModelError(
+            f"{folder} is a LoRA, not a model; give the folder of the model that it was made for"
+        )
+    if not (folder / "model_index.json").exists():
+        hint = (
+            "it looks like one part of it, give the folder above"
+            if (folder / "config.json").exists()
+            else ("a complete diffusers folder is needed, as save_pretrained writes it")
+        )
+        raise ModelError(f"{folder} has no model_index.json, so it is not a diffusers pipeline: {hint}")
+    index = read_json(folder / "model_index.json")
+    if index.get("_class_name") != PIPELINE:
+        raise ModelError(
+            f"{folder} is a {index.get('_class_name')}; of image models, only {PIPELINE} can be trained"
+        )
+    for part in WEIGHTED_PARTS:
+        read_json(folder / part / "config.json")
+        listed, shards = find_weights(folder / part)
+        found = set()
+        for shard in shards:
+            with open_shard(shard, framework="numpy") as file:
+                found.update(file.keys())
+        check_index(folder / part, listed, found)
+    read_json(folder / "scheduler" / "scheduler_config.json")
+
+
+def _refuse_file(path: Path) -> None:
+    if any(path.match(pattern) for pattern in PICKLES):
+        raise ModelError(
+            f"{path} is a pickle, which can run code and is never loaded; give a diffusers folder with "
+            "safetensors in it"
+        )
+    if path.suffix == ".safetensors":
+        with open_shard(path, framework="numpy") as file:
+            names = file.keys()
+        if any("lora" in name.lower() for name in names):
+            raise ModelError(
+                f"{path} is a LoRA, not a model; give the folder of the model that it was made for"
+            )
+    raise ModelError(f"{path} is a single file; give a diffusers folder (with model_index.json in it)")
+
+
+def find_weights(folder: Path) -> tuple[list[str], list[Path]]:
+    """Of one part of a pipeline: the tensors that the index lists (none without an index), and the weight files.
+
+    Variants such as `model.fp16.safetensors` are passed over. Raises ModelError for a missing shard, and for a
+    folder that has no weights or only pickles.
+    """
+    names = sorted(path.name for path in folder.iterdir() if WEIGHTS.fullmatch(path.name))
+    if indices := [name for name in names if name.endswith(".index.json")]:
+        weight_map = read_json(folder / indices[0]).get("weight_map")
+        if not (isinstance(weight_map, dict) and weight_map):
+            raise ModelError(
+                f"{folder / indices[0]} is damaged: it has no weight_map; download the model again"
+            )
+        shards = [folder / name for name in sorted(set(weight_map.values()))]
+        for shard in shards:
+            if not shard.is_file():
+                raise ModelError(
+                    f"{shard} is missing, and the index beside it needs it; download the model again"
+                )
+        return sorted(weight_map), shards
+    if not names:
+        pickles = sorted(path.name for pattern in PICKLES for path in folder.glob(pattern))
+        if pickles:
+            raise ModelError(
+                f"{folder} has only {pickles[0]}, a pickle, which can run code and is never loaded; get this "
+                "model in safetensors, or convert it with save_pretrained(safe_serialization=True)"
+            )
+        raise ModelError(f"{folder} has no weights: {' or '.join(WEIGHT_NAMES)} is expected there")
+    if "-of-" in names[0]:
+        raise ModelError(
+            f"{folder} has shards but no index (*.safetensors.index.json); download the model again"
+        )
+    return [], [folder / names[0]]
+
+
+def check_index(folder: Path, listed: list[str], found: set[str]) -> None:
+    if lost := sorted(set(listed) - found):
+        raise ModelError(
+            f"{folder}: the index lists {some(lost)}, which no shard has; download the model again"
+        )
+
+
+def open_shard(path: Path, framework: str):
+    """An open safetensors file, only its header read."""
+    try:
+        return safe_open(path, framework=framework)
+    except SafetensorError as error:
+        with path.open("rb") as file:
+            pointer = file.read(11) == b"version htt"
+        what = (
+            "it is a Git LFS pointer: run `git lfs pull`" if pointer else "it is truncated: download it again"
+        )
+        raise ModelError(f"{path} is not a complete safetensors file ({error}); {what}") from error
+
+
+def read_json(path: Path) -> dict:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ModelError(f"{path} is missing: the model folder is not complete") from error
+    except ValueError as error:  # not JSON, or not UTF-8
+        raise ModelError(f"{path} is damaged: it is not JSON ({error})") from error
+    if not isinstance(value, dict):
+        raise ModelError(f"{path} is damaged: it holds a {type(value).__name__} where an object is expected")
+    return value
+
+
+def some(names: list[str], shown: int = 3) -> str:
+    """The first of many names, for an error message."""
+    return ", ".join(names[:shown]) + (f" and {len(names) - shown} more" if len(names) > shown else "")

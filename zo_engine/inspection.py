@@ -1,0 +1,88 @@
+"""What a file or folder is: a run, a style, a recipe or a model, as facts for people and scripts. Reads headers only."""
+
+from pathlib import Path
+from typing import Any
+
+from zo_engine import recipe as recipes
+from zo_engine.hub import ModelError, check, read_json
+from zo_engine.run import Run
+
+
+class InspectionError(ValueError):
+    """Something that is none of the known things."""
+
+
+def inspect(source: Path) -> dict[str, Any]:
+    """Facts about `source`, "kind" first. Raises ValueError (of some kind) for what cannot be read."""
+    source = Path(source)
+    if source.suffix == ".safetensors":
+        return inspect_style(source)
+    if source.suffix == ".toml":
+        return {"kind": "recipe"} | {k: v for k, v in recipes.load(source).public().items()}
+    if (source / "recipe.toml").is_file() and (source / "run.json").is_file():
+        return inspect_run(Run.open(source))
+    if (source / "model_index.json").is_file():
+        return inspect_model(source)
+    raise InspectionError(
+        f"{source} is none of: a run folder (recipe.toml and run.json), a style (.safetensors), a recipe (.toml), "
+        "a diffusers model folder (model_index.json)"
+    )
+
+
+def inspect_style(source: Path) -> dict[str, Any]:
+    from zo_engine.style import load_style
+
+    style = load_style(source)
+    return {
+        "kind": "style",
+        "form": style.form,
+        "bytes": source.stat().st_size,
+        "model": style.base.get("model"),
+        "code_hash": style.base.get("code_hash"),
+        "space": style.recipe.space,
+        "numbers": sum(t.numel() for t in style.tensors.values()),
+        **style.facts,
+    }
+
+
+def inspect_run(run: Run) -> dict[str, Any]:
+    status, journal, evaluations = run.status(), run.journal(), run.evaluations()
+    recipe = run.recipe()
+    facts = {
+        "kind": "run",
+        "state": status.get("state"),
+        "step": len(journal),
+        "steps": recipe.steps,
+        "model": recipe.model,
+        "images": recipe.images,
+        "trigger": recipe.trigger,
+        "skipped": sum(r.skipped for r in journal),
+        "journal_bytes": run.journal_file.stat().st_size if journal else 0,
+        "style": str(run.style_file) if run.style_file.exists() else None,
+        **{f"base_{k}": v for k, v in run.base().items()},
+    }
+    losses = [(e["loss"], e["step"]) for e in evaluations if e["loss"] is not None]
+    if losses:
+        best = min(losses)
+        facts |= {"held_out_at_start": losses[0][0], "best_held_out": best[0], "best_step": best[1]}
+    return facts
+
+
+def inspect_model(source: Path) -> dict[str, Any]:
+    problem = None
+    try:
+        check(source)
+    except ModelError as error:
+        problem = str(error)
+    index = read_json(source / "model_index.json")
+    config = read_json(source / "transformer" / "config.json")
+    return {
+        "kind": "model",
+        "pipeline": index.get("_class_name"),
+        "transformer": config.get("_class_name"),
+        "blocks": config.get("num_layers"),
+        "width": (config.get("num_attention_heads") or 0) * (config.get("attention_head_dim") or 0),
+        "quantization": (config.get("quantization_config") or {}).get("bnb_4bit_quant_type", "none"),
+        "bytes": sum(f.stat().st_size for f in source.rglob("*") if f.is_file()),
+        "problem": problem,
+    }

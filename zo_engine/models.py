@@ -1,0 +1,215 @@
+"""The parts of a Stable Diffusion 3 pipeline: loaded one by one, put together, and written out again.
+
+`hub` says where a model's files are, `quantize` brings its weights onto the device; this file knows which parts
+there are. `locate`, `MODELS`, `ModelError` and `code_hash` are theirs, given here as well.
+"""
+
+import os
+import shutil
+from pathlib import Path
+
+import diffusers
+import torch
+from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
+from torch import nn
+from transformers import (
+    BitsAndBytesConfig,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    T5EncoderModel,
+    T5TokenizerFast,
+)
+
+from zo_engine.hub import MODELS, PARTS, WEIGHTS, KnownModel, ModelError, locate, read_json, some
+from zo_engine.quantize import code_hash, load_quantized, quantized_layers
+
+__all__ = [
+    "MODELS",
+    "KnownModel",
+    "ModelError",
+    "code_hash",
+    "export",
+    "load_text_encoders",
+    "load_transformer",
+    "load_vae",
+    "locate",
+    "pipeline",
+    "quantized_layers",
+]
+
+Device = str | torch.device
+
+TEXT_PARTS = {
+    "text_encoder": (CLIPTextModelWithProjection, CLIPTokenizer),
+    "text_encoder_2": (CLIPTextModelWithProjection, CLIPTokenizer),
+    "text_encoder_3": (T5EncoderModel, T5TokenizerFast),
+}
+
+
+def load_transformer(
+    folder: Path, *, quantization: str = "nf4", device: Device = "cpu", dtype: torch.dtype = torch.float32
+) -> nn.Module:
+    """The transformer of a pipeline folder, quantised layer by layer: see quantize.load_quantized."""
+    return load_quantized(Path(folder) / "transformer", quantization=quantization, device=device, dtype=dtype)
+
+
+def load_vae(folder: Path, *, device: Device = "cpu", dtype: torch.dtype = torch.float32) -> AutoencoderKL:
+    part = Path(folder) / "vae"
+    vae, info = AutoencoderKL.from_pretrained(
+        part, torch_dtype=dtype, use_safetensors=True, local_files_only=True, output_loading_info=True
+    )
+    _complete(part, info)
+    return vae.to(device).eval().requires_grad_(False)
+
+
+def load_text_encoders(
+    folder: Path, *, device: Device = "cpu", dtype: torch.dtype = torch.float32, quantization: str = "none"
+) -> StableDiffusion3Pipeline:
+    """diffusers' own pipeline with tokenizers and text encoders only: call its `encode_prompt`, then drop it.
+
+    `quantization` is that of T5 alone (4.8 billion weights in SD3.5); the CLIPs are small and stay dense.
+    """
+    folder = Path(folder)
+    parts = {}
+    for name, (encoder, tokenizer) in TEXT_PARTS.items():
+        kind = quantization if encoder is T5EncoderModel else "none"
+        parts[name] = _text_encoder(encoder, folder / name, kind, device, dtype)
+        name = name.replace("text_encoder", "tokenizer")
+        parts[name] = tokenizer.from_pretrained(folder / name, local_files_only=True)
+    return StableDiffusion3Pipeline(transformer=None, scheduler=None, vae=None, **parts)
+
+
+def _text_encoder(cls: type, part: Path, quantization: str, device: Device, dtype: torch.dtype) -> nn.Module:
+    options = {}
+    if quantization != "none" and "quantization_config" not in read_json(part / "config.json"):
+        options["quantization_config"] = _bitsandbytes(
+            quantization, dtype
+        )  # else transformers takes what is there
+    model, info = cls.from_pretrained(
+        part,
+        dtype=dtype,
+        device_map={"": device},
+        use_safetensors=True,
+        local_files_only=True,
+        output_loading_info=True,
+        **options,
+    )
+    _complete(part, info)
+    for layer in quantized_layers(model).values():
+        layer.support_avx512bf16_for_cpu = False  # that kernel computes in bf16, whatever dtype was asked for
+    return model.eval().requires_grad_(False)
+
+
+def _bitsandbytes(quantization: str, dtype: torch.dtype) -> BitsAndBytesConfig:
+    if quantization == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type=quantization, bnb_4bit_compute_dtype=dtype
+    )
+
+
+def _complete(part: Path, info: dict) -> None:
+    """diffusers and transformers fill gaps in a checkpoint with random numbers; here that is an error."""
+    if wrong := sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]])):
+        raise ModelError(f"{part} lacks {some(wrong)}, or has it in another shape; download the model again")
+
+
+def pipeline(folder: Path, transformer: nn.Module, vae: AutoencoderKL) -> StableDiffusion3Pipeline:
+    """diffusers' own pipeline around the given parts, without text encoders: call it with prompt_embeds."""
+    scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(
+        folder, subfolder="scheduler", local_files_only=True
+    )
+    texts = [
+        name.replace("text_encoder", kind) for name in TEXT_PARTS for kind in ("text_encoder", "tokenizer")
+    ]
+    return StableDiffusion3Pipeline(
+        transformer=transformer, scheduler=scheduler, vae=vae, **dict.fromkeys(texts)
+    )
+
+
+def export(base: Path, transformer: diffusers.ModelMixin, out: Path) -> Path:
+    """Write a complete pipeline folder to `out`: this transformer, quantised as it is, all else from `base`.
+
+    Plain diffusers loads it on a GPU. Weights that do not change are hard links to the base's where the disk
+    allows it. The folder appears under its name only once it has been loaded again and found equal, bit for bit.
+    Raises ModelError if `out` exists or the check fails; OSError for a full disk, nothing being left behind.
+    """
+    base, out = Path(base), Path(out)
+    if out.exists():
+        raise ModelError(f"{out} exists already; remove it, or choose another name")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    work = out.with_name(f".{out.name}.{os.getpid()}.tmp")
+    try:
+        _copy_others(base, work)
+        # One file, however large: diffusers looks for a weight's scales in the weight's own shard only.
+        transformer.save_pretrained(work / "transformer", safe_serialization=True, max_shard_size="1TB")
+        _prove_equal(work, transformer)
+        os.replace(work, out)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+    return out
+
+
+def _copy_others(base: Path, work: Path) -> None:
+    work.mkdir()
+    for file in (base / "model_index.json", *base.glob("LICENSE*")):
+        shutil.copyfile(file, work / file.name)
+    for part in PARTS:
+        (work / part).mkdir()
+        for file in (base / part).iterdir() if part != "transformer" else ():
+            if WEIGHTS.fullmatch(file.name):
+                _link(
+                    file.resolve(), work / part / file.name
+                )  # in the hub's cache, files are links themselves
+            elif file.suffix in (".json", ".txt", ".model"):
+                shutil.copyfile(file, work / part / file.name)
+
+
+def _link(source: Path, target: Path) -> None:
+    try:
+        os.link(source, target)
+    except OSError:  # another disk, or a file system without hard links
+        shutil.copyfile(source, target)
+
+
+def _prove_equal(folder: Path, transformer: diffusers.ModelMixin) -> None:
+    config = getattr(transformer.config, "quantization_config", None)
+    quantization = config.quantization_method().replace("llm_int8", "int8") if config else "none"
+    again = load_transformer(folder, quantization=quantization, dtype=transformer.dtype).state_dict()
+    state = transformer.state_dict()
+    changed = [name for name in state if name not in again or not torch.equal(state[name].cpu(), again[name])]
+    if changed or len(state) != len(again):
+        raise ModelError(
+            f"the exported model differs from the one in memory in {some(changed)}; please report this"
+        )
+
+
+# What a pipeline's configs say of it
+
+
+def text_length(folder: Path) -> int:
+    """T5 tokens of a prompt: what the tokenizer allows, at most the 256 of diffusers' SD3 pipeline."""
+    return min(
+        256,
+        int(read_json(Path(folder) / "tokenizer_3" / "tokenizer_config.json").get("model_max_length", 256)),
+    )
+
+
+def pixel_multiple(folder: Path) -> int:
+    """Pictures' sides must be multiples of this: pixels of a latent times latents of a patch."""
+    vae, transformer = (read_json(Path(folder) / part / "config.json") for part in ("vae", "transformer"))
+    return 2 ** (len(vae["block_out_channels"]) - 1) * transformer["patch_size"]
+
+
+def scheduler_shift(folder: Path) -> float:
+    """The time shift of the flow-matching scheduler."""
+    return float(read_json(Path(folder) / "scheduler" / "scheduler_config.json").get("shift", 1.0))
+
+
+def describe(model: str) -> KnownModel:
+    """The table's entry for a known name; for a folder or a repository, one made from its name."""
+    title = Path(model).name
+    unknown = KnownModel(
+        name=title, repo=model, title=title, licence="as the base model", resolution="512", notes=""
+    )
+    return MODELS.get(model, unknown)

@@ -1,0 +1,369 @@
+"""Weights from safetensors shards onto a device, quantised as they arrive.
+
+The model is built without weights, its `nn.Linear` layers become bitsandbytes layers, and then one tensor at
+a time is read, quantised on the device and dropped: beside what stays, host memory holds one tensor. This is
+what diffusers' loader does (`diffusers/quantizers/bitsandbytes`), without its refusal of machines that have no
+GPU, and the result is the same bit for bit.
+
+Three things differ from a model that diffusers loads, each because the scales are what we train: scales that
+were quantised themselves ("double quantisation") are un-nested into plain fp32, bit for bit; weights are
+dequantised into the compute dtype, whatever dtype they were saved in; int8 layers treat no column of the
+activations as an outlier (threshold 0), since which columns are would depend on the other samples of a batch.
+"""
+
+import hashlib
+import logging
+import math
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Self
+
+import diffusers
+import torch
+from accelerate import init_empty_weights
+from accelerate.utils import set_module_tensor_to_device
+from bitsandbytes.functional import QuantState, dequantize_blockwise, int8_vectorwise_quant, quantize_4bit
+from bitsandbytes.nn import Int8Params, Linear4bit, Linear8bitLt, Params4bit
+from torch import Tensor, nn
+
+from zo_engine.hub import ModelError, check_index, find_weights, open_shard, read_json, some
+
+QUANTIZATIONS = ("nf4", "fp4", "int8", "none")
+# On a CPU, weights are quantised this many at a time (whole blocks). The temporary tensors of larger pieces leave gaps
+# in the heap that are not used again: with whole layers, twice the memory of the model was lost that way.
+PIECE = 1 << 16
+BLOCK = 64  # weights per NF4/FP4 scale: what bitsandbytes, diffusers and transformers use
+
+# In fp32, int8 layers would say at every forward that they cast to fp16.
+logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
+
+
+class Checkpoint:
+    """The tensors of one part's safetensors files. Opening reads headers only; `read` reads one tensor.
+
+    Raises ModelError for a missing shard, a damaged file, or a folder that has only pickles.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.files: dict[str, object] = {}  # tensor name -> open safetensors file
+        listed, shards = find_weights(folder)
+        with ExitStack() as stack:
+            for shard in shards:
+                file = stack.enter_context(open_shard(shard, framework="pt"))
+                self.files.update(dict.fromkeys(file.keys(), file))
+            check_index(folder, listed, set(self.files))
+            self._open = stack.pop_all()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc) -> None:
+        self._open.close()
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.files
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self.files[name].get_slice(name).get_shape())
+
+    def read(self, name: str) -> Tensor:
+        """The tensor in host memory. Its pages are those of the file: copy what is to be kept."""
+        return self.files[name].get_tensor(name)
+
+
+def load_quantized(
+    folder: Path,
+    *,
+    quantization: str = "nf4",
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> nn.Module:
+    """A diffusers model from `folder` (config.json and safetensors), every nn.Linear quantised on `device`.
+
+    A folder that is already quantised keeps its codes; `quantization` must then name its format. The model
+    comes in eval mode, without gradients, all else in `dtype`; 4-bit scales are fp32, flat, contiguous, one per
+    64 weights of the row-major weight; int8 scales are fp32, one per row, in `layer.state.SCB`.
+    Raises ModelError for whatever is wrong with the folder.
+    """
+    if quantization not in QUANTIZATIONS:
+        raise ModelError(f"quantization {quantization!r} is unknown; possible are {', '.join(QUANTIZATIONS)}")
+    device = torch.device(device)
+    config = read_json(folder / "config.json")
+    cls = _model_class(folder, config)
+    with Checkpoint(folder) as checkpoint:
+        with init_empty_weights():
+            model = cls.from_config(config)
+        formats = _layer_formats(model, checkpoint, quantization)
+        _check(model, formats, checkpoint)
+        dense = [name for name in model.state_dict() if name.removesuffix(".weight") not in formats]
+        room = {name: _room(model.get_submodule(name), format, device) for name, format in formats.items()}
+        for name, format in formats.items():
+            load = _int8_layer if format == "int8" else _4bit_layer
+            layer = load(model.get_submodule(name), format, f"{name}.weight", checkpoint, *room[name], dtype)
+            model.set_submodule(name, layer)
+        for name in dense:
+            tensor = checkpoint.read(name)
+            kind = _dense_dtype(model, name, dtype) if tensor.is_floating_point() else tensor.dtype
+            tensor = tensor.to(device, kind, copy=True)
+            set_module_tensor_to_device(model, name, device, value=tensor, dtype=kind)
+    for module in model.modules():  # buffers that are computed, not saved
+        for name, buffer in module.named_buffers(recurse=False):
+            module._buffers[name] = buffer.to(device)
+    if formats:
+        model.register_to_config(quantization_config=_quantization_config(formats, dtype))
+    return model.eval().requires_grad_(False)
+
+
+def _model_class(folder: Path, config: dict) -> type[diffusers.ModelMixin]:
+    if "peft_type" in config or (folder / "adapter_config.json").exists():
+        raise ModelError(
+            f"{folder} is a LoRA or another adapter; give the folder of the model that it was made for"
+        )
+    name = config.get("_class_name")
+    cls = getattr(diffusers, name, None) if isinstance(name, str) else None
+    if not (isinstance(cls, type) and issubclass(cls, diffusers.ModelMixin)):
+        raise ModelError(
+            f"{folder / 'config.json'} names the class {name!r}, which diffusers {diffusers.__version__} "
+            "does not have"
+        )
+    method = (config.get("quantization_config") or {}).get("quant_method", "bitsandbytes")
+    if method != "bitsandbytes":
+        raise ModelError(
+            f"{folder} is quantised by {method!r}; only bitsandbytes (nf4, fp4, int8) can be loaded"
+        )
+    return cls
+
+
+def _layer_formats(model: nn.Module, checkpoint: Checkpoint, quantization: str) -> dict[str, str]:
+    """The format of each linear layer that is, or is to be, quantised. In a checkpoint that is quantised
+    already, the layers are those that it says."""
+    linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    saved = {name: format for name in linears if (format := _saved_format(checkpoint, f"{name}.weight"))}
+    if saved:
+        found = sorted(set(saved.values()))
+        if found != [quantization]:
+            raise ModelError(
+                f"{checkpoint.folder} is already quantised ({', '.join(found)}), so "
+                f"quantization={quantization!r} is not possible; set it to {found[0]!r}"
+            )
+        return saved
+    if quantization == "none":
+        return {}
+    return {name: quantization for name in linears if not _kept_in_fp32(model, name)}
+
+
+def _saved_format(checkpoint: Checkpoint, weight: str) -> str | None:
+    for format in ("nf4", "fp4"):
+        if f"{weight}.quant_state.bitsandbytes__{format}" in checkpoint:
+            return format
+    return "int8" if weight.removesuffix("weight") + "SCB" in checkpoint else None
+
+
+def _kept_in_fp32(model: nn.Module, name: str) -> bool:
+    """Some classes (not SD3's) name parts that must stay in fp32; diffusers does not quantise them either."""
+    return not set(model._keep_in_fp32_modules or ()).isdisjoint(name.split("."))
+
+
+def _dense_dtype(model: nn.Module, name: str, dtype: torch.dtype) -> torch.dtype:
+    return torch.float32 if _kept_in_fp32(model, name) else dtype
+
+
+def _statistics(checkpoint: Checkpoint, weight: str, format: str) -> list[str]:
+    """The names of the tensors that stand beside a quantised weight, as bitsandbytes saves them."""
+    if format == "int8":
+        layer = weight.removesuffix("weight")
+        return [name for name in (layer + "SCB", layer + "weight_format") if name in checkpoint]
+    parts = (
+        "absmax",
+        "quant_map",
+        "nested_absmax",
+        "nested_quant_map",
+        f"quant_state.bitsandbytes__{format}",
+    )
+    return [name for part in parts if (name := f"{weight}.{part}") in checkpoint]
+
+
+def _check(model: nn.Module, formats: dict[str, str], checkpoint: Checkpoint) -> None:
+    """Everything that headers can tell, before any weight is read."""
+    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    statistics = set()
+    for name, format in formats.items():
+        weight = f"{name}.weight"
+        beside = _statistics(checkpoint, weight, format)
+        statistics.update(beside)
+        if beside and format != "int8":
+            expected[weight] = ((model.get_submodule(name).weight.numel() + 1) // 2, 1)
+            statistics.update((f"{weight}.absmax", f"{weight}.quant_map"))
+    names = set(checkpoint.files)
+    if any("lora_" in name for name in names):
+        raise ModelError(
+            f"{checkpoint.folder} holds a LoRA, not a model; give the folder of the model it was made for"
+        )
+    kind = type(model).__name__
+    if missing := sorted((set(expected) | statistics) - names):
+        raise ModelError(
+            f"{checkpoint.folder} lacks {some(missing)}, which its {kind} needs; download it again"
+        )
+    if unexpected := sorted(names - set(expected) - statistics):
+        raise ModelError(
+            f"{checkpoint.folder} has {some(unexpected)}, which its {kind} does not know; config.json and "
+            "weights do not belong together"
+        )
+    for name, shape in expected.items():
+        if (found := checkpoint.shape(name)) != shape:
+            raise ModelError(
+                f"{checkpoint.folder}: {name} has the shape {list(found)} where config.json asks for "
+                f"{list(shape)}; config.json and weights do not belong together"
+            )
+
+
+def _room(linear: nn.Linear, format: str, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Memory for the codes and scales of a layer, taken for all layers before any weight is read: what stays is
+    not strewn among what comes and goes, and a model that does not fit fails at once."""
+    weights = linear.weight.numel()
+    if format == "int8":
+        size, codes = linear.out_features, torch.empty(linear.weight.shape, dtype=torch.int8, device=device)
+    else:
+        size = math.ceil(weights / BLOCK)
+        codes = torch.empty(((weights + 1) // 2, 1), dtype=torch.uint8, device=device)
+    return codes, torch.empty(size, dtype=torch.float32, device=device)
+
+
+def _4bit_layer(
+    linear: nn.Linear,
+    format: str,
+    weight: str,
+    checkpoint: Checkpoint,
+    codes: Tensor,
+    scales: Tensor,
+    dtype: torch.dtype,
+) -> Linear4bit:
+    tensor = checkpoint.read(weight)
+    if statistics := _statistics(checkpoint, weight, format):
+        saved = {name: checkpoint.read(name) for name in statistics}
+        state = QuantState.from_dict(saved, device=codes.device)
+        unnest(state)
+        if state.blocksize != BLOCK or state.absmax.numel() != scales.numel():
+            raise ModelError(
+                f"{checkpoint.folder}: the scales of {weight} do not fit its codes, one for {BLOCK} weights; "
+                "download the model again"
+            )
+        codes.copy_(tensor)
+        scales.copy_(state.absmax)
+        state.code = state.code.clone()
+    else:
+        state = _quantize_4bit(tensor.flatten(), format, codes, scales)
+        state.shape = linear.weight.shape
+    state.absmax, state.dtype = scales, dtype
+    layer = Linear4bit(
+        linear.in_features,
+        linear.out_features,
+        linear.bias is not None,
+        compute_dtype=dtype,
+        compress_statistics=False,
+        quant_type=format,
+        device="meta",
+    )
+    layer.support_avx512bf16_for_cpu = False  # else the first forward repacks codes and scales for good
+    layer.quant_state = state
+    layer.weight = Params4bit(
+        codes,
+        quant_state=state,
+        compress_statistics=False,
+        quant_type=format,
+        module=layer,
+        bnb_quantized=True,
+    )
+    return layer
+
+
+def _quantize_4bit(flat: Tensor, format: str, codes: Tensor, scales: Tensor) -> QuantState:
+    # In the dtype of the file, not of the computation, so that codes do not depend on the latter.
+    if flat.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        flat = flat.float()
+    step = PIECE if codes.is_cpu else flat.numel()
+    for start in range(0, flat.numel(), step):
+        piece = flat[start : start + step].to(codes.device)
+        packed, state = quantize_4bit(piece, blocksize=BLOCK, compress_statistics=False, quant_type=format)
+        codes[start // 2 :][: packed.numel()] = packed
+        scales[start // BLOCK :][: state.absmax.numel()] = state.absmax
+    return state
+
+
+def _int8_layer(
+    linear: nn.Linear,
+    format: str,
+    weight: str,
+    checkpoint: Checkpoint,
+    codes: Tensor,
+    scales: Tensor,
+    dtype: torch.dtype,
+) -> Linear8bitLt:
+    tensor = checkpoint.read(weight)
+    if _statistics(checkpoint, weight, format):
+        codes.copy_(tensor)
+        scales.copy_(checkpoint.read(weight.removesuffix("weight") + "SCB"))
+    else:
+        rows = max(1, PIECE // linear.in_features) if codes.is_cpu else linear.out_features
+        for start in range(0, linear.out_features, rows):
+            piece = tensor[start : start + rows].to(codes.device, torch.float16)
+            codes[start : start + rows], scales[start : start + rows], _ = int8_vectorwise_quant(piece)
+    layer = Linear8bitLt(
+        linear.in_features,
+        linear.out_features,
+        linear.bias is not None,
+        has_fp16_weights=False,
+        threshold=0.0,
+        device="meta",
+    )
+    layer.weight = Int8Params(codes, requires_grad=False, has_fp16_weights=False, CB=codes, SCB=scales)
+    layer.init_8bit_state()  # the scales stand in layer.state.SCB from now on, not only after a forward
+    return layer
+
+
+def unnest(state: QuantState) -> None:
+    """Turn scales that are quantised themselves (uint8 and a nested state) into plain fp32, exactly as
+    `bitsandbytes.functional.dequantize_4bit` does at every forward."""
+    if state.nested:
+        state.absmax = dequantize_blockwise(state.absmax, state.state2) + state.offset
+        state.nested, state.state2, state.offset = False, None, None
+    state.absmax = state.absmax.float().contiguous()
+
+
+def _quantization_config(formats: dict[str, str], dtype: torch.dtype) -> diffusers.BitsAndBytesConfig:
+    """What diffusers writes into config.json for this model, and needs to load it again."""
+    format = next(iter(formats.values()))
+    if format == "int8":
+        return diffusers.BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=0.0)
+    return diffusers.BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=format,
+        bnb_4bit_compute_dtype=dtype,
+        bnb_4bit_use_double_quant=False,
+    )
+
+
+def quantized_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """The bitsandbytes layers of a model by name, sorted."""
+    layers = {n: m for n, m in model.named_modules() if isinstance(m, (Linear4bit, Linear8bitLt))}
+    return dict(sorted(layers.items()))
+
+
+def code_hash(model: nn.Module) -> str:
+    """SHA-256 over every quantised layer's name, format, shape, codes and scales: the identity of a base.
+
+    Take it before a style is applied, since that changes the scales.
+    """
+    digest = hashlib.sha256()
+    for name, layer in quantized_layers(model).items():
+        if isinstance(layer, Linear4bit):
+            state = layer.weight.quant_state
+            format, shape, codes, scales = state.quant_type, state.shape, layer.weight.data, state.absmax
+        else:
+            state = layer.state if layer.state.SCB is not None else layer.weight
+            format, shape, codes, scales = "int8", state.CB.shape, state.CB, state.SCB
+        digest.update(f"{name} {format} {tuple(shape)}\n".encode())
+        for tensor in (codes, scales):
+            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()

@@ -1,0 +1,156 @@
+"""The result of a run: a small safetensors file, and its way back onto a base model.
+
+Two forms. `theta`: the trained numbers, one tensor a layer; ready at once. `journal`: the scalars of every step; a few
+bytes a direction, and whoever has the base rebuilds theta from them, bit for bit. The metadata says which base the
+style belongs to, by a hash of its quantised codes and scales, and how it was made. No pickle is ever read.
+"""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from zo_engine.journal import Step, short
+from zo_engine.probes import GainSpace, GroupSpace, Space
+from zo_engine.recipe import Recipe, RecipeError, make
+from zo_engine.run import write_atomic
+from zo_engine.scales import ScaleView
+from zo_engine.zo import ZO
+
+FORMAT = "qzo-style-1"
+STRENGTHS = (0.0, 1.5)
+
+
+class StyleError(ValueError):
+    """A style that cannot be read or does not fit; one sentence."""
+
+
+@dataclass(frozen=True)
+class Style:
+    form: str  # "theta" or "journal"
+    tensors: dict[str, Tensor]
+    recipe: Recipe
+    base: dict[str, str]  # model, code_hash, ...
+    facts: dict[str, str]  # trigger, pictures, step, held_out, licence
+
+
+def make_space(views: dict[str, ScaleView], recipe: Recipe) -> Space:
+    """The space that a recipe names, over a model's scales."""
+    if recipe.space == "gain":
+        return GainSpace(views, columns=recipe.columns)
+    return GroupSpace(views, relative=recipe.space == "group")
+
+
+def make_zo(space: Space, recipe: Recipe, device: torch.device | str = "cpu") -> ZO:
+    """The method that a recipe describes, at step 0."""
+    own = recipe.space == "gain"
+    return ZO(
+        space.layout,
+        seed=recipe.seed,
+        per_step=recipe.directions * (recipe.batch_size if own else 1),
+        kind=recipe.noise,
+        eps=recipe.eps,
+        clip=recipe.clip,
+        clip_quantile=recipe.clip_quantile,
+        optimizer=recipe.optimizer,
+        momentum=recipe.momentum,
+        step_size=recipe.step_size,
+        search_every=recipe.search_every,
+        device=device,
+    )
+
+
+def theta_tensors(space: Space, theta: Tensor) -> dict[str, Tensor]:
+    return {name: part.contiguous() for name, part in space.layout.split(theta.cpu()).items()}
+
+
+def journal_tensors(journal: list[Step]) -> dict[str, Tensor]:
+    """Slopes in fp32 (exact, see `short`), the rest in fp64; a skipped step is a row of not-a-number."""
+    if not journal:
+        raise StyleError("the run has not made a step yet, so there is no style to save")
+    none = (float("nan"),) * 4
+    return {
+        "slopes": torch.tensor([r.slopes for r in journal], dtype=torch.float32),
+        "clip": torch.tensor([r.clip for r in journal], dtype=torch.float64),
+        "step_size": torch.tensor([r.step_size for r in journal], dtype=torch.float64),
+        "search": torch.tensor([r.search or none for r in journal], dtype=torch.float64),
+    }
+
+
+def journal_steps(tensors: dict[str, Tensor]) -> list[Step]:
+    """The records that `journal_tensors` packed."""
+    slopes = tensors["slopes"].numpy().astype(np.float32)
+    return [
+        Step(i, tuple(short(d) for d in row), clip, size, float("nan"), tuple(search) if search[0] == search[0] else ())
+        for i, (row, clip, size, search) in enumerate(
+            zip(slopes, tensors["clip"].tolist(), tensors["step_size"].tolist(), tensors["search"].tolist(), strict=True)
+        )
+    ]
+
+
+def save_style(path: Path, style: Style) -> None:
+    """Write a style file, whole or not at all."""
+    metadata = {
+        "format": FORMAT,
+        "form": style.form,
+        "recipe": json.dumps(style.recipe.public()),
+        "base": json.dumps(style.base),
+        **style.facts,
+    }
+    write_atomic(path, save(style.tensors, metadata))
+
+
+def load_style(path: Path) -> Style:
+    """Read a style file. Raises StyleError for anything else."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            if metadata.get("format") != FORMAT:
+                raise StyleError(f"{path} is a safetensors file, but not a style made by this program")
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+    except FileNotFoundError:
+        raise StyleError(f"there is no style at {path}") from None
+    except (SafetensorError, OSError) as error:
+        raise StyleError(f"{path} is not a readable safetensors file ({error})") from None
+    known = {"format", "form", "recipe", "base"}
+    try:
+        recipe = make(json.loads(metadata["recipe"]), str(path))
+        base = json.loads(metadata["base"])
+    except (KeyError, json.JSONDecodeError, RecipeError) as error:
+        raise StyleError(f"{path} is damaged: its description cannot be read ({error})") from None
+    return Style(metadata["form"], tensors, recipe, base, {k: v for k, v in metadata.items() if k not in known})
+
+
+def theta_of(style: Style, space: Space, code_hash: str, device: torch.device | str = "cpu") -> Tensor:
+    """The style's theta for a base, whichever form it has. Raises StyleError if it was made for another base."""
+    if style.base.get("code_hash") != code_hash:
+        raise StyleError(
+            f"this style was made for {style.base.get('model', 'another model')} "
+            f"(codes {str(style.base.get('code_hash'))[:12]}), but the base here has codes {code_hash[:12]}; "
+            "load the model it was made for, in the same quantisation"
+        )
+    if style.form == "journal":
+        zo = make_zo(space, style.recipe, device)
+        for record in journal_steps(style.tensors):
+            zo.apply(record)
+        return zo.theta
+    wrong = {n for n, shape in space.layout.shapes.items() if n not in style.tensors or style.tensors[n].shape != shape}
+    if wrong or len(style.tensors) != len(space.layout.shapes):
+        raise StyleError(f"the style does not fit the model's layers: {sorted(wrong)[:3] or 'unknown extra tensors'}")
+    return torch.cat([style.tensors[name].flatten() for name in space.layout.shapes]).to(device, torch.float32)
+
+
+def checked_strength(strength: float) -> float:
+    """The strength if it is possible. Raises StyleError."""
+    low, high = STRENGTHS
+    if not low <= strength <= high:
+        raise StyleError(f"strength {strength} is outside of {low:g} to {high:g}; 1 is the style as trained")
+    return strength
+
+

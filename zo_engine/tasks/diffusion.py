@@ -1,0 +1,181 @@
+"""The diffusion task: rectified-flow loss per sample, a fixed held-out set, and previews, for SD3-like transformers.
+
+Rectified flow (Esser et al., arXiv:2403.03206): `x = (1 - sigma) x0 + sigma noise`, the model predicts `noise - x0`.
+All randomness is an argument: a batch carries its noise and noise levels, so that every probe of a step sees the same.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+GOLDEN = 0.6180339887498949  # the most even sequence of offsets: frac(k * GOLDEN)
+TRAINING, SEARCH, HELD_OUT = 1, 2, 3  # streams of randomness
+
+
+@dataclass(frozen=True)
+class Batch:
+    """B examples of one size with everything random already drawn."""
+
+    latents: Tensor  # [B, C, h, w], x0
+    noise: Tensor  # [B, C, h, w]
+    sigma: Tensor  # [B], in 0..1
+    prompt: Tensor  # [B, T, D]
+    pooled: Tensor  # [B, P]
+
+    def take(self, index: Tensor) -> "Batch":
+        return Batch(*(getattr(self, f.name)[index] for f in fields(self)))
+
+    def to(self, device: torch.device | str) -> "Batch":
+        return Batch(*(getattr(self, f.name).to(device) for f in fields(self)))
+
+
+@dataclass(frozen=True)
+class Example:
+    latents: Tensor  # [C, h, w]
+    prompt: Tensor  # [T, D]
+    pooled: Tensor  # [P]
+
+
+def flow_losses(model: nn.Module, batch: Batch, dtype: torch.dtype, train_timesteps: int = 1000) -> Tensor:
+    """Mean squared error of the predicted velocity, one per sample [B], reduced in fp32 (fp64 stays fp64).
+
+    As diffusers' train_dreambooth_lora_sd3.py with `precondition_outputs=0` and weighting 1.
+    """
+    sigma = batch.sigma.view(-1, 1, 1, 1)
+    noisy = (1 - sigma) * batch.latents + sigma * batch.noise
+    velocity = model(
+        hidden_states=noisy.to(dtype),
+        timestep=(batch.sigma * train_timesteps).to(dtype),
+        encoder_hidden_states=batch.prompt.to(dtype),
+        pooled_projections=batch.pooled.to(dtype),
+        return_dict=False,
+    )[0]
+    wide = torch.promote_types(velocity.dtype, torch.float32)
+    error = velocity.to(wide) - (batch.noise - batch.latents).to(wide)
+    return error.square().flatten(1).mean(1)
+
+
+def shifted(sigma: np.ndarray, shift: float) -> np.ndarray:
+    """The scheduler's time shift (arXiv:2403.03206, equation 23): `shift s / (1 + (shift - 1) s)`."""
+    return shift * sigma / (1 + (shift - 1) * sigma)
+
+
+def draw_sigma(rng: np.random.Generator, count: int, offset: float, mean: float, std: float, shift: float) -> np.ndarray:
+    """`count` noise levels, logit-normal then shifted, one from each of `count` equally likely strata, in random order.
+
+    `offset` in 0..1 places all of them inside their strata; a golden-ratio sequence of offsets spreads them evenly
+    over the steps as well.
+    """
+    uniform = (rng.permutation(count) + offset) / count
+    normal = torch.special.ndtri(torch.from_numpy(uniform)).numpy()
+    return shifted(1 / (1 + np.exp(-(mean + std * normal))), shift)
+
+
+class Diffusion:
+    """Examples, and the losses and pictures of a transformer on them."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        train: Sequence[Example],
+        held_out: Sequence[Example],
+        empty: tuple[Tensor, Tensor],
+        *,
+        seed: int,
+        shift: float,
+        sigma_mean: float = 0.0,
+        sigma_std: float = 1.0,
+        caption_dropout: float = 0.0,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ):
+        """empty: (prompt, pooled) embeddings of the empty caption, shown in place of a share of the captions."""
+        self.model, self.empty, self.seed, self.shift = model, empty, seed, shift
+        self.sigma_mean, self.sigma_std, self.caption_dropout = sigma_mean, sigma_std, caption_dropout
+        self.device, self.dtype = device, dtype
+        self.train, self.held_out = _by_size(train), _by_size(held_out)
+
+    def _rng(self, stream: int, step: int) -> np.random.Generator:
+        return np.random.Generator(np.random.Philox(key=self.seed, counter=[0, 0, stream, step]))
+
+    def _batch(self, examples: list[Example], rng: np.random.Generator, offset: float, dropout: float) -> Batch:
+        count = len(examples)
+        latents = torch.stack([e.latents for e in examples])
+        noise = torch.from_numpy(rng.standard_normal(latents.shape, dtype=np.float32))
+        sigma = draw_sigma(rng, count, offset, self.sigma_mean, self.sigma_std, self.shift)
+        drop = rng.random(count) < dropout
+        text = [self.empty if d else (e.prompt, e.pooled) for e, d in zip(examples, drop, strict=True)]
+        prompt, pooled = (torch.stack(part) for part in zip(*text, strict=True))
+        return Batch(latents, noise, torch.from_numpy(sigma).float(), prompt, pooled).to(self.device)
+
+    def batch(self, step: int, size: int, stream: int = TRAINING) -> Batch:
+        """The batch of a step: a pure function of (seed, step, stream). One picture size at a time, by its share."""
+        rng = self._rng(stream, step)
+        groups = list(self.train.values())
+        shares = np.array([len(group) for group in groups], dtype=float)
+        group = groups[rng.choice(len(groups), p=shares / shares.sum())]
+        rounds = -(-size // len(group))  # every picture of the group once before any comes again
+        order = np.concatenate([rng.permutation(len(group)) for _ in range(rounds)])[:size]
+        return self._batch([group[i] for i in order], rng, (step * GOLDEN) % 1, self.caption_dropout)
+
+    def evaluation(self, items: int) -> list[Batch]:
+        """The fixed (picture, noise level, noise) items of the held-out loss, about `items` in all, by picture size."""
+        total = sum(len(group) for group in self.held_out.values())
+        batches = []
+        for number, group in enumerate(self.held_out.values()):
+            count = max(len(group), round(items * len(group) / total))
+            examples = [group[i % len(group)] for i in range(count)]
+            batches.append(self._batch(examples, self._rng(HELD_OUT, number), 0.5, 0.0))
+        return batches
+
+    def losses(self, batch: Batch) -> Tensor:
+        return flow_losses(self.model, batch, self.dtype)
+
+
+def _by_size(examples: Sequence[Example]) -> dict[tuple[int, ...], list[Example]]:
+    groups: dict[tuple[int, ...], list[Example]] = {}
+    for example in examples:
+        groups.setdefault(tuple(example.latents.shape), []).append(example)
+    return groups
+
+
+@torch.no_grad()
+def sample(
+    pipeline,
+    prompts: Sequence[tuple[Tensor, Tensor]],
+    negative: tuple[Tensor, Tensor],
+    seeds: Sequence[int],
+    *,
+    width: int,
+    height: int,
+    steps: int,
+    guidance: float,
+    together: int = 16,
+) -> list:
+    """One picture for every (prompt embedding, seed): PIL images from the stock diffusers pipeline.
+
+    `together` bounds the pictures of one call; a picture depends on its seed alone, not on its neighbours.
+    """
+    device, dtype = pipeline.transformer.device, pipeline.transformer.dtype
+    pipeline.set_progress_bar_config(disable=True)
+    images = []
+    for start in range(0, len(prompts), together):
+        part = prompts[start : start + together]
+        embeds, pooled = (torch.stack(tensors).to(device, dtype) for tensors in zip(*part, strict=True))
+        none, none_pooled = (tensor.to(device, dtype).expand(len(part), *tensor.shape) for tensor in negative)
+        generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds[start : start + together]]
+        images += pipeline(
+            prompt_embeds=embeds,
+            pooled_prompt_embeds=pooled,
+            negative_prompt_embeds=none,
+            negative_pooled_prompt_embeds=none_pooled,
+            generator=generators,
+            width=width,
+            height=height,
+            num_inference_steps=steps,
+            guidance_scale=guidance,
+        ).images
+    return images

@@ -1,0 +1,397 @@
+"""The one loop: every step nudges the scales along random directions and writes a line in the journal."""
+
+import json
+import math
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import psutil
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from zo_engine import cache, dataset, models, pictures, plots
+from zo_engine.journal import Step, short
+from zo_engine.probes import Space, along, central, evaluate
+from zo_engine.recipe import Recipe
+from zo_engine.run import Run, write_atomic
+from zo_engine.scales import find_scales, prove_live
+from zo_engine.style import Style, journal_tensors, make_space, make_zo, save_style, theta_tensors
+from zo_engine.tasks.diffusion import SEARCH, Diffusion, Example, sample
+from zo_engine.zo import ZO, slopes, trapezoid
+
+PATIENCE = 20  # steps in a row without a finite loss, after which a run gives up
+
+
+class TrainingError(RuntimeError):
+    """A run that cannot go on, in one sentence."""
+
+
+@dataclass
+class Studio:
+    """Everything a recipe asks for, loaded: the model, its scales, the examples and what previews need."""
+
+    recipe: Recipe
+    folder: Path
+    code_hash: str
+    transformer: torch.nn.Module
+    space: Space
+    task: Diffusion
+    prompts: list[str]
+    text: dict[str, tuple[Tensor, Tensor]]
+    size: tuple[int, int]  # width, height of previews
+    pictures: int
+    held_out: int
+    notes: list[str]
+
+    def sample(self, prompts: list[str] | None = None, steps: int = 0, seeds: list[int] | None = None) -> list:
+        """Pictures of the model as its scales stand now. One seed a prompt, following on from the recipe's."""
+        prompts = prompts or self.prompts
+        recipe = self.recipe
+        vae = models.load_vae(self.folder, device=self.transformer.device)
+        return sample(
+            models.pipeline(self.folder, self.transformer, vae),
+            [self.text[prompt] for prompt in prompts],
+            self.text[""],
+            seeds or [recipe.preview_seed + i for i in range(len(prompts))],
+            width=self.size[0],
+            height=self.size[1],
+            steps=steps or recipe.preview_steps,
+            guidance=recipe.guidance,
+        )
+
+
+def pick_device(device: str) -> torch.device:
+    """The device a recipe names; "auto" is CUDA if torch sees one. Raises ValueError for what is not there."""
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        found = torch.device(device)
+    except RuntimeError:
+        raise ValueError(f"device {device!r} is unknown; possible are auto, cpu, cuda and cuda:N") from None
+    if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"device {device!r} is not there: torch sees {torch.cuda.device_count()} CUDA devices here")
+    return found
+
+
+def pick_dtype(dtype: str, device: torch.device) -> torch.dtype:
+    """Compute precision: fp32 on CPU; on CUDA bfloat16 where the card has it, else float16."""
+    if dtype != "auto":
+        return getattr(torch, dtype)
+    if device.type != "cuda":
+        return torch.float32
+    return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+
+
+def split(pictures: list, share: float, seed: int) -> tuple[list, list]:
+    """(training, held-out). At least two are held out of eight or more; of fewer, none: they are too precious."""
+    count = max(2, round(share * len(pictures))) if share and len(pictures) >= 8 else 0
+    order = np.random.Generator(np.random.Philox(key=seed)).permutation(len(pictures))
+    held = set(order[:count].tolist())
+    return [p for i, p in enumerate(pictures) if i not in held], [p for i, p in enumerate(pictures) if i in held]
+
+
+def prepare(recipe: Recipe, cache_folder: Path, say: Callable[[str], None] = lambda text: None) -> Studio:
+    """Load what the recipe asks for. Raises ValueError (of some kind) for whatever the user can mend."""
+    device = pick_device(recipe.device)
+    dtype = pick_dtype(recipe.dtype, device)
+    known = models.describe(recipe.model)
+    found = dataset.read(recipe.images, trigger=recipe.trigger, caption=recipe.caption)
+    folder = models.locate(recipe.model)
+    buckets = dataset.buckets(recipe.resolution or known.resolution, models.pixel_multiple(folder))
+    placed = [(picture, dataset.choose_bucket(picture.size, buckets)) for picture in found for _ in range(picture.repeats)]
+    notes = dataset.warnings(found, buckets)
+
+    say(f"encoding {len(found)} pictures and their captions")
+    store = cache.Cache(cache_folder)
+    latents = cache.latents(store, folder, placed, lambda: models.load_vae(folder, device=device))
+    train, held_out = split(list(zip(placed, latents, strict=True)), recipe.holdout, recipe.seed)
+    asked = [p.replace("[trigger]", recipe.trigger) for p in recipe.prompts]
+    prompts = asked or preview_prompts([p.caption for (p, _), _ in train], [p.caption for (p, _), _ in held_out])
+    captions = ["", *prompts, *(picture.caption for picture in found)]
+    text = cache.embeddings(
+        store, folder, captions, models.text_length(folder), lambda: models.load_text_encoders(folder, device=device, dtype=dtype)
+    )
+
+    say(f"loading {known.title} in {recipe.quantization}")
+    transformer = models.load_transformer(folder, quantization=recipe.quantization, device=device, dtype=dtype)
+    views = find_scales(transformer)
+    prove_live(views)
+    space = make_space(views, recipe)
+    if space.left_out:
+        notes.append(f"{len(space.left_out)} layers stay frozen: their groups straddle rows ({space.left_out[0]}, ...)")
+    if not held_out:
+        notes.append("too few pictures to hold some out: the held-out loss is measured on training pictures")
+    as_examples = lambda part: [Example(x, *text[picture.caption]) for (picture, _), x in part]  # noqa: E731
+    task = Diffusion(
+        transformer,
+        as_examples(train),
+        as_examples(held_out or train),
+        text[""],
+        seed=recipe.seed,
+        shift=recipe.shift or models.scheduler_shift(folder),
+        sigma_mean=recipe.sigma_mean,
+        sigma_std=recipe.sigma_std,
+        caption_dropout=recipe.caption_dropout,
+        device=device,
+        dtype=dtype,
+    )
+    sizes = [bucket for _, bucket in placed]
+    return Studio(
+        recipe=recipe,
+        folder=folder,
+        code_hash=models.code_hash(transformer),
+        transformer=transformer,
+        space=space,
+        task=task,
+        prompts=prompts,
+        text=text,
+        size=max(set(sizes), key=sizes.count),
+        pictures=len(train),
+        held_out=len(held_out),
+        notes=notes,
+    )
+
+
+def preview_prompts(train: list[str], held_out: list[str]) -> list[str]:
+    """Four prompts: captions that were held out first, then captions of the training set."""
+    return list(dict.fromkeys([*held_out[:2], *train]))[:4]
+
+
+class Training:
+    """One run in progress: the studio, the method's state, and the folder that both are written to."""
+
+    def __init__(self, run: Run, studio: Studio):
+        self.run, self.studio, self.recipe = run, studio, studio.recipe
+        self.zo = make_zo(studio.space, self.recipe, studio.transformer.device)
+        self.items = studio.task.evaluation(self.recipe.evaluate_items)
+        self.best = (math.inf, 0)  # held-out loss and step
+        self.start: list[float] = []  # held-out items before the first step
+        self.held_out: float | None = None
+
+    # Taking up a run
+
+    def resume(self) -> None:
+        """Stand where the journal ends: from the last checkpoint, then line by line; from the start without one."""
+        journal = self.run.journal()
+        if checkpoint := _read_checkpoint(self.run.last_file):
+            tensors, scalars = checkpoint
+            if scalars["step"] <= len(journal):
+                self.zo.restore(tensors, scalars, journal)
+        for record in journal[self.zo.step :]:
+            self.zo.apply(record)
+        self.run.trim(self.zo.step)
+        for facts in self.run.evaluations():
+            self._note(facts)
+
+    # One step
+
+    def step(self) -> Step:
+        """Probe, estimate, move: from one batch to the next theta."""
+        zo, recipe, task, space = self.zo, self.recipe, self.studio.task, self.studio.space
+        own = recipe.space == "gain"
+        z = zo.directions()
+        losses = self._losses(central(z, zo.eps, recipe.batch_size, own), task.batch(zo.step, recipe.batch_size))
+        found = [short(d) for d in slopes(losses, zo.eps, len(z)).tolist()]
+        mean = short(losses.double().mean().item())
+        if not all(math.isfinite(d) for d in found):
+            record = Step(zo.step, tuple(found), 0.0, 0.0, mean)
+            zo.skip()
+            return record
+        clip = short(zo.clip_level(found))
+        descent = zo.descend(z, found, clip)
+        search: tuple[float, ...] = ()
+        if not zo.fixed and zo.search.due(zo.step):
+            size = short(zo.first_size(descent))
+            fresh = task.batch(zo.step, recipe.batch_size, SEARCH)
+            three = self._losses(along(-descent, size, recipe.batch_size), fresh)
+            search = (size, *(short(loss) for loss in three.double().view(3, -1).mean(1).tolist()))
+        schedule = trapezoid(zo.step, recipe.steps, recipe.warmup, recipe.decay)
+        record = Step(zo.step, tuple(found), clip, short(zo.choose(search) * schedule), mean, search)
+        zo.move(descent, record)
+        return record
+
+    def _losses(self, probes, batch) -> Tensor:
+        task = self.studio.task
+        rows = lambda index: task.losses(batch.take(index.to(batch.latents.device)))  # noqa: E731
+        return evaluate(self.studio.space, self.zo.theta, probes, rows, self.recipe.rows or None).cpu()
+
+    # Once in a while
+
+    @torch.no_grad()
+    def evaluate(self) -> None:
+        """The held-out loss of theta as it stands; the best theta is kept."""
+        with self.studio.space.folded(self.zo.theta):
+            parts = [self.studio.task.losses(b) for batch in self.items for b in _pieces(batch, self.recipe.rows)]
+        items = [short(x) for x in torch.cat(parts).tolist()]
+        start = self.start or items
+        change = np.array(items) - np.array(start)
+        facts = {
+            "step": self.zo.step,
+            "loss": float(np.mean(items)),
+            "error": float(np.std(items, ddof=1) / len(items) ** 0.5),
+            "change": float(change.mean()),  # against the start, item by item: its error is far smaller
+            "change_error": float(change.std(ddof=1) / len(items) ** 0.5),
+            "items": items,
+        }
+        facts = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in facts.items()}
+        facts["items"] = [v if math.isfinite(v) else None for v in items]
+        self.run.append_evaluation(facts)
+        if self._note(facts):
+            _write_checkpoint(self.run.best_file, {"theta": self.zo.theta}, {"step": self.zo.step})
+
+    def _note(self, facts: dict) -> bool:
+        """Take in an evaluation; True if it is the best so far."""
+        if not self.start and None not in facts["items"]:
+            self.start = facts["items"]
+        self.held_out = facts["loss"]
+        better = facts["loss"] is not None and facts["loss"] < self.best[0]
+        if better:
+            self.best = (facts["loss"], facts["step"])
+        return better
+
+    def preview(self) -> Path:
+        """The preview prompts with their fixed seeds, as single pictures and as one sheet."""
+        with self.studio.space.folded(self.zo.theta):
+            images = self.studio.sample()
+        folder = self.run.previews / f"{self.zo.step:06d}"
+        for i, (image, prompt) in enumerate(zip(images, self.studio.prompts, strict=True)):
+            pictures.save_png(image, folder / f"{i:02d}.png", prompt=prompt, seed=self.recipe.preview_seed + i)
+        rows = [images[i : i + 8] for i in range(0, len(images), 8)]
+        return pictures.save_png(pictures.grid(rows, side=96), self.run.preview_file(self.zo.step))
+
+    def checkpoint(self) -> None:
+        _write_checkpoint(self.run.last_file, *self.zo.state())
+
+    def save_style(self) -> Path:
+        """The style as theta and as journal, both of the best step by held-out loss."""
+        step = self.best[1]
+        theta = self.zo.theta
+        if step != self.zo.step and (checkpoint := _read_checkpoint(self.run.best_file)):
+            theta = checkpoint[0]["theta"]
+        facts = {
+            "trigger": self.recipe.trigger,
+            "pictures": str(self.studio.pictures),
+            "step": str(step),
+            "held_out": f"{self.best[0]:.6g}",
+            "held_out_at_start": f"{np.mean(self.start):.6g}" if self.start else "",
+            "prompts": json.dumps(self.studio.prompts),
+            "size": "{}x{}".format(*self.studio.size),
+            "licence": models.describe(self.recipe.model).licence,
+        }
+        base = self.run.base()
+        save_style(self.run.style_file, Style("theta", theta_tensors(self.studio.space, theta), self.recipe, base, facts))
+        if step:
+            replayed = journal_tensors(self.run.journal()[:step])
+            save_style(self.run.journal_style_file, Style("journal", replayed, self.recipe, base, facts))
+        return self.run.style_file
+
+
+def _pieces(batch, rows: int) -> Iterator:
+    for index in torch.arange(len(batch.sigma)).split(rows or len(batch.sigma)):
+        yield batch.take(index.to(batch.sigma.device))
+
+
+def _write_checkpoint(path: Path, tensors: dict[str, Tensor], scalars: dict[str, float]) -> None:
+    flat = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
+    write_atomic(path, save(flat, {name: repr(value) for name, value in scalars.items()}))
+
+
+def _read_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, float]] | None:
+    """None if there is none or it cannot be read: the journal holds the run either way."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+            return tensors, {name: float(value) for name, value in (file.metadata() or {}).items()}
+    except (FileNotFoundError, SafetensorError):
+        return None
+
+
+@contextmanager
+def stop_signals() -> Iterator[threading.Event]:
+    """An event that Ctrl-C and SIGTERM set, so that a step is finished and saved; a second Ctrl-C stops at once."""
+    stop = threading.Event()
+
+    def ask(number: int, frame) -> None:
+        if stop.is_set() and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        stop.set()
+
+    previous = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stop
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def train(run: Run, studio: Studio, report: Callable[[dict], None], stop: threading.Event) -> str:
+    """Train to the recipe's end, or until `stop` is set: returns the state, "done" or "stopped".
+
+    report gets the figures of every step. Raises TrainingError when losses stay not finite.
+    The caller holds `run.lock()`.
+    """
+    recipe = studio.recipe
+    training = Training(run, studio)
+    training.resume()
+    zo = training.zo
+    began, first, bad = time.monotonic(), zo.step, 0
+    if zo.step:
+        run.log(f"resumed from step {zo.step}")
+    while True:
+        at_end = zo.step >= recipe.steps
+        if zo.step % recipe.evaluate_every == 0 or at_end:
+            if not any(e["step"] == zo.step for e in run.evaluations()):
+                training.evaluate()
+            training.checkpoint()
+        due = zo.step == 0 or at_end or (recipe.preview_every and zo.step % recipe.preview_every == 0)
+        if due and not run.preview_file(zo.step).exists():
+            training.preview()
+        if at_end or stop.is_set():
+            break
+        record = training.step()
+        run.append_step(record)
+        bad = bad + 1 if record.skipped else 0
+        if record.skipped:
+            run.log(f"step {record.step}: a loss was not finite; theta unchanged, {zo.skipped} steps skipped so far")
+        if bad >= PATIENCE:
+            raise TrainingError(
+                f"{PATIENCE} steps in a row had a loss that was not finite; try dtype = \"float32\" or a smaller eps"
+            )
+        pace = (time.monotonic() - began) / (zo.step - first)
+        facts = {
+            "step": zo.step,
+            "steps": recipe.steps,
+            "loss": record.loss,
+            "held_out": training.held_out,
+            "step_size": record.step_size,
+            "seconds_per_step": pace,
+            "remaining": pace * (recipe.steps - zo.step),
+            "skipped": zo.skipped,
+            "memory": memory(studio.transformer.device),
+        }
+        run.write_status("running", **facts)
+        report(facts)
+    training.checkpoint()
+    training.save_style()
+    plots.plot(run)
+    state = "done" if at_end else "stopped"
+    last = {"step": zo.step, "steps": recipe.steps, "held_out": training.held_out, "skipped": zo.skipped}
+    run.write_status(state, **last, best_step=training.best[1], best_held_out=training.best[0])
+    run.log(f"{state} at step {zo.step}; best held-out loss {training.best[0]:.6g} at step {training.best[1]}")
+    return state
+
+
+def memory(device: torch.device) -> int:
+    """Bytes: peak of the device where it has its own memory, else the resident size of this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return psutil.Process(os.getpid()).memory_info().rss
