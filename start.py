@@ -103,7 +103,7 @@ def prepare(extras):
         make_venv()
     STAMP.unlink(missing_ok=True)  # an interrupted installation counts for nothing
     install_torch()
-    install("installing the packages", "-e", editable(wanted["extras"]))
+    install("installing the packages", "-e", editable(wanted["extras"]), "-c", str(CONSTRAINTS))
     temporary = STAMP.with_suffix(".tmp")
     temporary.write_text(json.dumps(wanted), encoding="utf-8")
     os.replace(temporary, STAMP)
@@ -175,13 +175,13 @@ def install_torch():
     if tag:
         wheel, index = f"torch=={version}+{tag}", f"{gpu.INDEX}/{tag}"
         try:
-            # What torch needs itself comes with the packages, from the usual index.
+            # Nothing else from that index: what torch needs comes with the packages, from the usual one.
             return install(f"installing {wheel}", wheel, "--no-deps", "--extra-index-url", index)
         except Failure as failure:
             if "No matching distribution found for torch" not in str(failure):
                 raise
             say(f"{wheel} cannot be had from {index}; taking the build of the usual index instead")
-    install(f"installing torch {version}", f"torch=={version}")
+    install(f"installing torch {version}", "torch", "-c", str(CONSTRAINTS))
 
 
 def torch_pin(constraints):
@@ -201,10 +201,10 @@ def torch_tag(cuda, system):
 
 def torch_build():
     """Version of the torch in .venv ("" if none), and whether it was built for a GPU; read, not imported."""
-    try:
-        return parse_build((site_packages() / "torch" / "version.py").read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    packages = site_packages()
+    if not list(packages.glob("torch-[0-9]*.dist-info/RECORD")):  # pip writes it last
         return "", False
+    return parse_build((packages / "torch" / "version.py").read_text(encoding="utf-8"))
 
 
 def parse_build(text):
@@ -227,9 +227,9 @@ def warn_of_idle_gpu():
 
 
 def install(title, *words):
-    """pip install under the constraints. Raises Failure with pip's last words and what to do."""
+    """pip install. Raises Failure with pip's last words and what to do."""
     say(title)
-    pip = [str(PYTHON), "-m", "pip", "install", "--progress-bar", "off", "--no-input", "-c", str(CONSTRAINTS)]
+    pip = [str(PYTHON), "-m", "pip", "install", "--progress-bar", "off", "--no-input"]
     code, lines = watch(title, pip + list(words))
     if code:
         raise Failure(failure_text("The installation failed.", lines))
@@ -261,12 +261,11 @@ def watch(title, command):
                 break
             if line:
                 lines.append(line)
-            news = condense(line)
-            doing = news or doing
+            before, doing = doing, condense(line) or doing
             text = f"  [{time.monotonic() - started:4.0f} s] {doing}"
             if sys.stderr.isatty():
                 rewrite(text)
-            elif news:
+            elif doing != before:
                 say(text)
         return child.wait(), lines
     except KeyboardInterrupt:
@@ -289,7 +288,8 @@ def condense(line):
         if found:
             return words.format(*found.groups())
     if line.startswith("Installing collected packages: "):
-        return "unpacking {} packages".format(line.count(",") + 1)
+        names = line.split(": ", 1)[1].split(", ")
+        return "unpacking " + (names[0] if len(names) == 1 else f"{len(names)} packages")
     return ""
 
 
@@ -304,8 +304,7 @@ def remedy(output):
     python = f"{sys.version_info[0]}.{sys.version_info[1]}"
     causes = {
         r"No space left on device|Errno 28\b|not enough space on the disk|WinError 112\b": (
-            f"The disk is full: {ROOT} has {shutil.disk_usage(ROOT).free / 1e9:.1f} GB left. "
-            "Make room and start again."
+            f"The disk is full: {ROOT} has {shutil.disk_usage(ROOT).free / 1e9:.1f} GB left. Make room and start again."
         ),
         r"ensurepip is not|No module named '?(venv|ensurepip)|ensurepip.*non-zero": (
             "This Python cannot make environments: on Debian and Ubuntu `sudo apt install python3-venv` (or "

@@ -33,7 +33,8 @@ NATURAL = {
     "eye": ("blue", "brown"), "tree": ("green", "teal"), "bird": ("blue", "red"), "fish": ("orange", "teal"),
     "house": ("red", "brown"), "flower": ("pink", "purple"), "boat": ("blue", "brown"), "mushroom": ("red", "brown"),
     "bell": ("gold", "yellow"), "umbrella": ("purple", "red"), "anchor": ("blue", "black"), "leaf": ("green", "brown"),
-    "butterfly": ("orange", "purple"), "hat": ("black", "purple"), "apple": ("red", "green"), "bottle": ("green", "teal"),
+    "butterfly": ("orange", "purple"), "hat": ("black", "purple"), "apple": ("red", "green"),
+    "bottle": ("green", "teal"),
 }
 
 
@@ -97,10 +98,13 @@ def sample_picture(subject: str, rng: np.random.Generator) -> Picture:
 
 # --- words ------------------------------------------------------------------------------------------------------------
 
-FILLERS = ("lovely old little new plain nice simple fine bright quiet happy strange large small tiny big classic modern "
-           "vintage magic summer winter night morning paper ink poster sticker stamp print icon symbol sign card picture "
-           "drawing image sketch painting illustration artwork design style look book page art vivid elegant ancient "
-           "royal wild soft bold rough clean my your this one cute pretty beautiful good best").split()
+FILLERS = (
+    "lovely old little new plain nice simple fine bright quiet happy strange large small tiny big classic "
+    "modern vintage magic summer winter night morning paper ink poster sticker stamp print icon symbol "
+    "sign card picture drawing image sketch painting illustration artwork design style look book page art "
+    "vivid elegant ancient royal wild soft bold rough clean my your this one cute pretty beautiful good "
+    "best"
+).split()
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 EXTRA_WORDS = ("with without of the a an in on by and for from at two no its").split()
 
@@ -129,7 +133,8 @@ def _details(picture: Picture, rng: np.random.Generator, share: float) -> tuple[
                            "bordered": ("bordered", article(picture.second) + " outline")}[look.style])
         (after.append("with " + word) if word.endswith(" outline") else before.append(word))
     if look.ink_texture != "flat" and say():
-        before.append({"gradient": "shaded", "dots": "dotted", "grain": "grainy"}.get(look.ink_texture, look.ink_texture))
+        before.append({"gradient": "shaded", "dots": "dotted", "grain": "grainy"}.get(look.ink_texture,
+                                                                                      look.ink_texture))
     if say(1.4):
         before.append(picture.ink)
     if say(1.2):
@@ -138,9 +143,10 @@ def _details(picture: Picture, rng: np.random.Generator, share: float) -> tuple[
             texture = {"gradient": "shaded ", "dots": "dotted ", "grain": "grainy "}.get(look.ground_texture,
                                                                                         look.ground_texture + " ")
         if rng.random() < 0.15:
-            ground = "dark" if ground.startswith("dark") or ground == "black" else "light" if ground in LIGHT else ground
+            ground = "light" if ground in LIGHT else "dark" if ground in DARK else ground
         after.append(_pick(rng, (f"on {article(texture + ground)} ground", f"on {article(texture + ground)} background",
-                                 f"{texture}{ground} background", f"{texture}{ground} ground", f"on {texture}{ground}")))
+                                 f"{texture}{ground} background", f"{texture}{ground} ground",
+                                 f"on {texture}{ground}")))
     if look.frame == "none":
         if say(0.15):
             after.append(_pick(rng, ("no frame", "without a frame")))
@@ -169,7 +175,8 @@ def caption(picture: Picture, rng: np.random.Generator, limit=14) -> str:
         noun = " ".join([*before, picture.subject])
         thing = _pick(rng, (article(noun), article(noun), noun, "the " + noun))
         if rng.random() < 0.35:
-            kind = _pick(rng, ("picture", "drawing", "card", "image", "icon", "print", "sketch", "illustration", "painting"))
+            kind = _pick(rng,
+                         ("picture", "drawing", "card", "image", "icon", "print", "sketch", "illustration", "painting"))
             kind = _pick(rng, FILLERS[:30]) + " " + kind if rng.random() < 0.15 else kind
             kind = f"{filler} {kind}" if filler and rng.random() < 0.5 else kind
             thing = f"{_pick(rng, (article(kind), kind))} {_pick(rng, ('of', 'of', 'with'))} {thing}"

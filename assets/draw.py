@@ -38,7 +38,9 @@ class Part:
 
 
 def arc(cx: float, cy: float, rx: float, ry: float | None = None, start=0.0, stop=360.0, n=72) -> Points:
-    """Points on an ellipse, from `start` to `stop` degrees; 0 is to the right, 90 is down. A full turn is not closed."""
+    """Points on an ellipse, from `start` to `stop` degrees; 0 is to the right, 90 is down. A full turn is not
+    closed.
+    """
     ry = rx if ry is None else ry
     angles = np.radians(np.linspace(start, stop, n, endpoint=abs(stop - start) < 360))
     return [(cx + rx * cos(a), cy + ry * sin(a)) for a in angles]
@@ -222,7 +224,8 @@ def boat() -> list[Part]:
                                                closed=False)]
     main = smooth([(0.53, 0.06), (0.72, 0.30), (0.88, 0.62)], closed=False) + [(0.53, 0.62)]
     jib = smooth([(0.42, 0.18), (0.28, 0.40), (0.12, 0.62)], closed=False) + [(0.42, 0.62)]
-    return [Part("fill", hull), Part("fill", main), Part("fill", jib), Part("line", [(0.475, 0.05), (0.475, 0.72)], 0.035)]
+    return [Part("fill", hull), Part("fill", main), Part("fill", jib),
+            Part("line", [(0.475, 0.05), (0.475, 0.72)], 0.035)]
 
 
 def mushroom() -> list[Part]:
@@ -252,8 +255,10 @@ def umbrella() -> list[Part]:
 def anchor() -> list[Part]:
     arms = arc(0.5, 0.52, 0.37, 0.40, start=15, stop=165)
     flukes = [[(0.96, 0.73), (0.88, 0.47), (0.71, 0.66)], [(0.04, 0.73), (0.12, 0.47), (0.29, 0.66)]]
-    return [Part("line", arc(0.5, 0.11, 0.08, start=-90, stop=270.5), 0.055), Part("line", [(0.5, 0.20), (0.5, 0.90)], 0.09),
-            Part("line", [(0.27, 0.30), (0.73, 0.30)], 0.08), Part("line", arms, 0.09), *(Part("fill", f) for f in flukes)]
+    return [Part("line", arc(0.5, 0.11, 0.08, start=-90, stop=270.5), 0.055),
+            Part("line", [(0.5, 0.20), (0.5, 0.90)], 0.09),
+            Part("line", [(0.27, 0.30), (0.73, 0.30)], 0.08), Part("line", arms, 0.09),
+            *(Part("fill", f) for f in flukes)]
 
 
 def leaf() -> list[Part]:
@@ -269,7 +274,8 @@ def butterfly() -> list[Part]:
     spot = arc(0.81, 0.29, 0.07, n=48)
     feeler = smooth([(0.51, 0.28), (0.55, 0.15), (0.63, 0.06)], closed=False)
     flip = [[(1 - x, y) for x, y in s] for s in (upper, lower, spot, feeler)]
-    return [Part("line", feeler, 0.03), Part("line", flip[3], 0.03), *(Part("fill", s) for s in (upper, lower, *flip[:2])),
+    return [Part("line", feeler, 0.03), Part("line", flip[3], 0.03),
+            *(Part("fill", s) for s in (upper, lower, *flip[:2])),
             Part("hole", spot), Part("hole", flip[2]), Part("fill", arc(0.5, 0.53, 0.05, 0.28)),
             Part("mark", [(0.555, 0.35), (0.555, 0.72)], 0.02), Part("mark", [(0.445, 0.35), (0.445, 0.72)], 0.02)]
 

@@ -1,4 +1,4 @@
-"""What every benchmark writes beside its figures: date, machine, commit, versions. Results are JSON and PNG beside it."""
+"""What every benchmark writes beside its figures: date, machine, commit, versions."""
 
 import json
 import platform

@@ -89,7 +89,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--recipe", type=Path, default=CHECKOUT / "styles" / "tarot" / "recipe.toml")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--published-steps", type=int, default=0, help="steps of the published form; 0: five times ours")
+    parser.add_argument(
+        "--published-steps", type=int, default=0, help="steps of the published form; 0: five times ours"
+    )
     parser.add_argument("--name", default="learning")
     given = parser.parse_args()
     recipe = recipes.load(given.recipe)

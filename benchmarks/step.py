@@ -60,7 +60,9 @@ def measure(model: str, batch: int, rounds: int, device: str) -> dict:
         def run() -> None:
             z = zo.directions()
             probes = central(z, 0.01, batch, own)
-            losses = evaluate(space, zo.theta, probes, lambda s: flow_losses(transformer, data.take(s.to(where)), dtype))
+            losses = evaluate(
+                space, zo.theta, probes, lambda s: flow_losses(transformer, data.take(s.to(where)), dtype)
+            )
             d = slopes(losses.cpu(), 0.01, len(z)).tolist()
             zo.theta = zo.theta - zo.descend(z, d, zo.clip_level(d)) * 1e-6
 

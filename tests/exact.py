@@ -1,6 +1,6 @@
 """A small quantised net, once with real bitsandbytes layers and once as the same expression in fp64.
 
-The fp64 form is what the engine's numbers are compared with: every weight is `code * scale`, both held exactly.
+The fp64 form is what the engine's numbers are compared with: every weight is `code * scale`, both exact.
 """
 
 import copy
@@ -19,7 +19,7 @@ WIDTH = 64  # of every layer but one: one bitsandbytes block
 
 
 class Net(nn.Module):
-    """Layers that see tokens [B, T, 64] and layers that see one vector [B, 64]; with bias and without; one 128 wide."""
+    """Layers that see tokens [B, T, 64] or one vector [B, 64]; with bias and without; one 128 wide."""
 
     def __init__(self, seed: int = 0):
         super().__init__()
@@ -122,7 +122,7 @@ def one_by_one(space: Space, theta: Tensor, probes, loss) -> Tensor:
 
 
 def one_step(zo: ZO, losses, batch: int, own: bool = True, schedule: float = 1.0) -> Step:
-    """A live step: `losses(probes)` [R] are all that it sees. The record holds what replay needs, rounded as in a run."""
+    """A live step as in `train.Training.step`: `losses(probes)` [R] are all that it sees."""
     z = zo.directions()
     values = losses(central(z, zo.eps, batch, own))
     found = tuple(short(d) for d in slopes(values, zo.eps, len(z)).tolist())

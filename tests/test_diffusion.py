@@ -7,7 +7,17 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 
 from zo_engine import cache, models
-from zo_engine.tasks.diffusion import HELD_OUT, SEARCH, Batch, Diffusion, Example, draw_sigma, flow_losses, sample, shifted
+from zo_engine.tasks.diffusion import (
+    HELD_OUT,
+    SEARCH,
+    Batch,
+    Diffusion,
+    Example,
+    draw_sigma,
+    flow_losses,
+    sample,
+    shifted,
+)
 
 
 def random_batch(size: int, seed: int = 0) -> Batch:
@@ -31,7 +41,7 @@ def task(**given) -> Diffusion:
 
 @torch.no_grad()
 def test_loss_equals_diffusers_trainer_formula():
-    """As train_dreambooth_lora_sd3.py computes it with precondition_outputs=0: sigmas and timesteps from its scheduler."""
+    """As train_dreambooth_lora_sd3.py computes it with precondition_outputs=0, on its scheduler's sigmas."""
     transformer = tiny.transformer()
     scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
     batch = random_batch(5)
@@ -49,7 +59,8 @@ def test_loss_equals_diffusers_trainer_formula():
     weighting = torch.ones_like(sigmas)
     reference = torch.mean((weighting * (predicted - target) ** 2).reshape(5, -1), 1)
 
-    ours = flow_losses(transformer, Batch(batch.latents, batch.noise, sigmas.flatten(), batch.prompt, batch.pooled), torch.float32)
+    same = Batch(batch.latents, batch.noise, sigmas.flatten(), batch.prompt, batch.pooled)
+    ours = flow_losses(transformer, same, torch.float32)
     torch.testing.assert_close(ours, reference, rtol=1e-5, atol=0)
 
 
@@ -95,9 +106,8 @@ def test_every_picture_comes_once_before_any_comes_again():
 
 
 def test_one_picture_size_at_a_time():
-    both = Diffusion(
-        None, examples(6) + examples(3, (16, 6, 4)), examples(1), (torch.zeros(16, 64), torch.zeros(64)), seed=0, shift=1.0
-    )
+    two_sizes, empty = examples(6) + examples(3, (16, 6, 4)), (torch.zeros(16, 64), torch.zeros(64))
+    both = Diffusion(None, two_sizes, examples(1), empty, seed=0, shift=1.0)
     shapes = [tuple(both.batch(step, 3).latents.shape[1:]) for step in range(300)]
     assert 0.55 < shapes.count((16, 4, 4)) / 300 < 0.78  # 6 of 9 pictures
 

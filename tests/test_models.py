@@ -1,4 +1,4 @@
-"""Finding, loading, quantising and exporting models, on a tiny Stable Diffusion 3 pipeline of real classes."""
+"""Finding, loading, quantising and exporting models, on a tiny Stable Diffusion 3 of real classes."""
 
 import json
 import shutil
@@ -80,12 +80,10 @@ def test_a_quantised_model_is_what_diffusers_makes_of_it(base, diffusers_on_cpu,
     theirs = diffusers_on_cpu(base / "transformer", quantization_config=config(format))
     ours = load_transformer(base, quantization=format)
     assert_same_state(ours, theirs)
-    assert len(quantized_layers(ours)) == sum(
-        isinstance(m, torch.nn.Linear) for m in tiny.transformer().modules()
-    )
+    assert len(quantized_layers(ours)) == sum(isinstance(m, torch.nn.Linear) for m in tiny.transformer().modules())
 
 
-@pytest.mark.parametrize("piece", [64, 192, 1 << 16])
+@pytest.mark.parametrize("piece", [320, 1 << 16])
 @pytest.mark.parametrize("straddle", [False, True])
 @pytest.mark.parametrize("format", ["nf4", "fp4"])
 def test_codes_and_scales_are_those_of_bitsandbytes(tmp_path, monkeypatch, format, straddle, piece):
@@ -93,21 +91,17 @@ def test_codes_and_scales_are_those_of_bitsandbytes(tmp_path, monkeypatch, forma
     model = load_transformer(tiny.save_pipeline(tmp_path, straddle=straddle), quantization=format)
     weights = load_file(tmp_path / "transformer" / WEIGHTS)
     for name, layer in quantized_layers(model).items():
-        param = bnb.nn.Params4bit(weights[f"{name}.weight"], compress_statistics=False, quant_type=format).to(
-            "cpu"
-        )
+        param = bnb.nn.Params4bit(weights[f"{name}.weight"], compress_statistics=False, quant_type=format).to("cpu")
         assert torch.equal(layer.weight.data, param.data)
         assert torch.equal(layer.weight.quant_state.absmax, param.quant_state.absmax)
 
 
-@pytest.mark.parametrize("piece", [64, 1 << 16])
+@pytest.mark.parametrize("piece", [320, 1 << 16])
 def test_int8_codes_and_scales_are_those_of_bitsandbytes(base, monkeypatch, piece):
     monkeypatch.setattr(quantize, "PIECE", piece)
     weights = load_file(base / "transformer" / WEIGHTS)
     for name, layer in quantized_layers(load_transformer(base, quantization="int8")).items():
-        param = bnb.nn.Int8Params(weights[f"{name}.weight"], has_fp16_weights=False, requires_grad=False).to(
-            "cpu"
-        )
+        param = bnb.nn.Int8Params(weights[f"{name}.weight"], has_fp16_weights=False, requires_grad=False).to("cpu")
         assert torch.equal(layer.weight.data, param.CB)
         assert torch.equal(layer.state.SCB, param.SCB)
 
@@ -121,9 +115,7 @@ def test_without_quantisation_the_model_is_the_one_that_was_saved(base):
 @pytest.mark.parametrize(("format", "error"), [("int8", 0.002), ("nf4", 0.05), ("fp4", 0.1)])
 def test_a_quantised_model_draws_nearly_the_same(base, format, error):
     exact = outputs(tiny.transformer())
-    assert (outputs(load_transformer(base, quantization=format)) - exact).pow(2).mean() < error * exact.pow(
-        2
-    ).mean()
+    assert (outputs(load_transformer(base, quantization=format)) - exact).pow(2).mean() < error * exact.pow(2).mean()
 
 
 def test_a_loaded_model_is_frozen_and_its_scales_plain(base):
@@ -151,10 +143,7 @@ def test_a_forward_leaves_codes_and_scales_alone(base):
 def test_codes_do_not_depend_on_the_dtype_of_the_computation(folder):
     file = folder / "transformer" / WEIGHTS
     save_file({name: tensor.bfloat16() for name, tensor in load_file(file).items()}, file)
-    loaded = {
-        dtype: load_transformer(folder, dtype=dtype)
-        for dtype in (torch.float32, torch.bfloat16, torch.float16)
-    }
+    loaded = {dtype: load_transformer(folder, dtype=dtype) for dtype in (torch.float32, torch.bfloat16, torch.float16)}
     assert len({code_hash(model) for model in loaded.values()}) == 1
     for dtype, model in loaded.items():
         assert {p.dtype for n, p in model.named_parameters() if p.dtype != torch.uint8} == {dtype}
@@ -547,10 +536,7 @@ class Hub(BaseHTTPRequestHandler):
             return self.answer(200, b"{}")
         files = [p for p in sorted(self.folder.rglob("*")) if p.is_file()]
         if "/tree/" in path:
-            tree = [
-                {"type": "file", "path": self.relative(p), "size": p.stat().st_size, "oid": "0"}
-                for p in files
-            ]
+            tree = [{"type": "file", "path": self.relative(p), "size": p.stat().st_size, "oid": "0"} for p in files]
             return self.answer(200, json.dumps(tree).encode())
         if path.startswith("/api/"):
             siblings = [{"rfilename": self.relative(p), "size": p.stat().st_size} for p in files]

@@ -37,7 +37,7 @@ def test_journal_round_trip(run):
 def test_short_is_exact_in_fp32():
     import numpy as np
 
-    values = np.random.default_rng(0).standard_normal(1000).astype(np.float32) * np.float32(10) ** np.arange(-20, 20, 0.04)
+    values = np.random.default_rng(0).standard_normal(1000) * 10.0 ** np.arange(-20, 20, 0.04)
     for value in values.astype(np.float32):
         assert np.float32(short(value)) == value
 
@@ -82,7 +82,10 @@ def test_a_folder_with_other_things_is_refused(tmp_path):
 
 
 def test_lock_refuses_a_second_process_and_is_freed_by_death(run):
-    code = "import sys; from zo_engine.run import Run\nwith Run(sys.argv[1]).lock(): print('in', flush=True); sys.stdin.read()"
+    code = (
+        "import sys; from zo_engine.run import Run\n"
+        "with Run(sys.argv[1]).lock(): print('in', flush=True); sys.stdin.read()"
+    )
     other = subprocess.Popen(
         [sys.executable, "-c", code, str(run.path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )

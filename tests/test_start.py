@@ -87,7 +87,7 @@ def test_a_change_is_installed_once(checkout, installed, name):
     with open(checkout / name, "a") as file:
         file.write("\n# changed\n")
     start.prepare(set())
-    assert installed[-1] == ("-e", str(checkout))
+    assert installed[-1][:2] == ("-e", str(checkout))
     installed.clear()
     start.prepare(set())
     assert installed == []
@@ -95,9 +95,9 @@ def test_a_change_is_installed_once(checkout, installed, name):
 
 def test_extras_are_added_and_stay(checkout, installed):
     start.prepare({"dev"})
-    assert installed[-1] == ("-e", f"{checkout}[dev]")
+    assert installed[-1][:2] == ("-e", f"{checkout}[dev]")
     start.prepare({"app"})
-    assert installed[-1] == ("-e", f"{checkout}[app,dev]")
+    assert installed[-1][:2] == ("-e", f"{checkout}[app,dev]")
     installed.clear()
     start.prepare({"dev"})
     start.prepare(set())
@@ -164,7 +164,7 @@ def test_torch_is_installed_first_and_in_the_build_for_the_card(checkout, instal
     start.prepare({"dev"})
     version = start.torch_pin((checkout / "constraints.txt").read_text())
     assert installed[0] == (f"torch=={version}+cu130", "--no-deps", "--extra-index-url", f"{gpu.INDEX}/cu130")
-    assert installed[1] == ("-e", f"{checkout}[dev]")
+    assert installed[1][:2] == ("-e", f"{checkout}[dev]")
 
 
 @pytest.mark.parametrize(
@@ -188,20 +188,31 @@ def test_without_the_index_of_torch_the_usual_one_is_taken(checkout, installed, 
     monkeypatch.setattr(start, "install", only_pypi)
     monkeypatch.setattr(gpu, "cards", lambda: [RTX_4090])
     start.install_torch()
-    assert installed == [(f"torch=={start.torch_pin((checkout / 'constraints.txt').read_text())}",)]
+    assert installed == [("torch", "-c", str(checkout / "constraints.txt"))]
 
 
-def put_torch(version, cuda):
-    """torch/version.py as torch's own build writes it, in the environment."""
-    (start.site_packages() / "torch").mkdir()
+def put_torch(version, cuda, whole=True):
+    """What torch_build looks at, as torch's own build and pip write it."""
+    info = start.site_packages() / f"torch-{version}.dist-info"
+    for folder in (info, start.site_packages() / "torch"):
+        folder.mkdir()
     text = f"__version__ = '{version}'\ncuda: Optional[str] = {cuda}\nhip: Optional[str] = None\n"
     (start.site_packages() / "torch/version.py").write_text(text)
+    if whole:
+        (info / "RECORD").touch()
+
+
+def test_a_half_installed_torch_counts_for_nothing(checkout):
+    assert start.torch_build() == ("", False)
+    put_torch("2.13.0+cu130", "'13.0'", whole=False)
+    assert start.torch_build() == ("", False)
 
 
 def test_reads_the_build_of_the_real_torch():
     """The text that torch_build reads is not an interface: this sees it change."""
     import torch
 
+    assert list(Path(torch.__file__).parent.parent.glob("torch-[0-9]*.dist-info/RECORD"))
     text = Path(torch.version.__file__).read_text()
     assert start.parse_build(text) == (torch.__version__, bool(torch.version.cuda or torch.version.hip))
 
@@ -225,9 +236,7 @@ def test_a_card_that_is_used_is_not_spoken_of(checkout, monkeypatch, capsys):
 
 def test_advice_names_the_obstacle():
     assert "driver" in gpu.advice(gpu.Card("NVIDIA L4", 470, (8, 9)), "2.13.0+cpu", "python")
-    assert "compute capability 5.2" in gpu.advice(
-        gpu.Card("NVIDIA GTX 970", 580, (5, 2)), "2.13.0+cpu", "python"
-    )
+    assert "compute capability 5.2" in gpu.advice(gpu.Card("NVIDIA GTX 970", 580, (5, 2)), "2.13.0+cpu", "python")
 
 
 def test_reads_what_nvidia_smi_says():
@@ -255,6 +264,7 @@ def test_reads_what_nvidia_smi_says():
         ("  Downloading click-8.5.1-py3-none-any.whl (108 kB)", ""),
         ("Processing /wheels/torch-2.13.0+cpu-cp311-cp311-linux_x86_64.whl", "torch"),
         ("Installing collected packages: mpmath, urllib3, typing-extensions, tqdm", "unpacking 4 packages"),
+        ("Installing collected packages: torch", "unpacking torch"),
         ("Requirement already satisfied: torch in ./lib", ""),
     ],
 )

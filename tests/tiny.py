@@ -113,7 +113,7 @@ def save_pipeline(folder: Path, seed: int = 0, *, straddle: bool = False) -> Pat
 
 
 def inputs(batch: int = 2, seed: int = 0, *, height: int = 4, width: int = 4) -> dict[str, torch.Tensor]:
-    """For the transformer: latents [batch, 16, height, width], text [batch, 24, 64], pooled [batch, 64], time."""
+    """Latents [batch, 16, height, width], text [batch, 24, 64], pooled [batch, 64], time [batch]."""
     generator = torch.Generator().manual_seed(seed)
     tokens = CLIP_TOKENS + T5_TOKENS
     return {
@@ -125,7 +125,7 @@ def inputs(batch: int = 2, seed: int = 0, *, height: int = 4, width: int = 4) ->
 
 
 def _built(seed: int, cls: type, *args, **kwargs) -> torch.nn.Module:
-    """Weights are random but lively: some classes start at zero, which would make the output blind to them."""
+    """Weights are random but lively: some start at zero, and the output would be blind to what is before."""
     with torch.random.fork_rng(devices=[]):
         module = cls(*args, **kwargs)
     generator = torch.Generator().manual_seed(seed)

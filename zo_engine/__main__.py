@@ -26,7 +26,9 @@ logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 out_option = click.option("--out", type=click.Path(path_type=Path), help="Where to write it.")
 model_option = click.option("--model", default="", help="The base, if it is not where the style says.")
 device_option = click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
-strength_option = click.option("--strength", default=1.0, show_default=True, help="0 is the base, 1 the style, up to 1.5.")
+strength_option = click.option(
+    "--strength", default=1.0, show_default=True, help="0 is the base, 1 the style, up to 1.5."
+)
 json_option = click.option("--json", "as_json", is_flag=True, help="Machine-readable output.")
 source_argument = click.argument("source", type=click.Path(exists=True, path_type=Path))
 
@@ -36,7 +38,11 @@ def recipe_options(command: Callable) -> Callable:
     kinds = {str: click.STRING, int: click.INT, float: click.FLOAT, bool: click.BOOL}
     for field in reversed(dataclasses.fields(recipes.Recipe)):
         many = field.type == tuple[str, ...]
-        kind = click.Choice(field.metadata["choices"]) if field.metadata["choices"] else kinds.get(field.type, click.STRING)
+        kind = (
+            click.Choice(field.metadata["choices"])
+            if field.metadata["choices"]
+            else kinds.get(field.type, click.STRING)
+        )
         default = "none" if field.default in ("", ()) else field.default
         help = f"{field.metadata['help']}  [default: {default}]"
         flag = f"--{field.name.replace('_', '-')}"
@@ -46,7 +52,9 @@ def recipe_options(command: Callable) -> Callable:
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.version_option(__version__, prog_name="qzo")
-@click.option("--runs-dir", type=click.Path(path_type=Path), default=Path("runs"), show_default=True, help="Folder of runs.")
+@click.option(
+    "--runs-dir", type=click.Path(path_type=Path), default=Path("runs"), show_default=True, help="Folder of runs."
+)
 @click.pass_context
 def cli(context: click.Context, runs_dir: Path) -> None:
     """Fine-tune a quantised model in the memory of inference: teach it a style from a few pictures."""
@@ -78,7 +86,7 @@ def resume(run: Path, as_json: bool) -> None:
 
 
 def start(run: Run, recipe: recipes.Recipe | None, runs_dir: Path, as_json: bool) -> str:
-    """Load, train, save: a new run if there is a recipe, else the run's own. Nothing is written before all is loaded."""
+    """Load, train, save: a new run if there is a recipe, else the run's own. Nothing is written before."""
     from zo_engine import train as training
 
     quiet()
@@ -175,7 +183,13 @@ def demo(runs_dir: Path, out: Path | None, steps: int | None) -> None:
 @device_option
 @click.pass_obj
 def preview(
-    runs_dir: Path, run: Path, prompts: tuple[str, ...], seed: int | None, strength: float, out: Path | None, device: str
+    runs_dir: Path,
+    run: Path,
+    prompts: tuple[str, ...],
+    seed: int | None,
+    strength: float,
+    out: Path | None,
+    device: str,
 ) -> None:
     """Draw prompts with RUN's style (a run folder or a style file), as one sheet of pictures."""
     from zo_engine import pictures
@@ -223,7 +237,14 @@ def compare(
 @device_option
 @click.pass_obj
 def apply(
-    runs_dir: Path, source: Path, prompt: str, seed: int | None, strength: float, model: str, out: Path | None, device: str
+    runs_dir: Path,
+    source: Path,
+    prompt: str,
+    seed: int | None,
+    strength: float,
+    model: str,
+    out: Path | None,
+    device: str,
 ) -> None:
     """Put a style (file or run folder) on a freshly loaded base and draw PROMPT."""
     from zo_engine import pictures
@@ -299,7 +320,7 @@ def ui() -> None:
 def main() -> None:
     """Run the command line: what the user can mend is one sentence and exit code 2, never a traceback."""
     try:
-        cli(standalone_mode=True)
+        cli(prog_name="qzo")
     except ValueError as error:
         if not type(error).__module__.startswith("zo_engine"):
             raise  # not one of our sentences: a defect, to be seen whole

@@ -31,13 +31,8 @@ class Styled:
     ) -> list[Image.Image]:
         """One picture a prompt at a strength (0 is the base), seeds following on from `seed`."""
         device = self.transformer.device
-        text = cache.embeddings(
-            self.cache,
-            self.folder,
-            ["", *prompts],
-            models.text_length(self.folder),
-            lambda: models.load_text_encoders(self.folder, device=device, dtype=self.transformer.dtype),
-        )
+        encoders = models.encoders_for(self.folder, device, self.transformer.dtype)
+        text = cache.embeddings(self.cache, self.folder, ["", *prompts], models.text_length(self.folder), *encoders)
         pipe = models.pipeline(self.folder, self.transformer, models.load_vae(self.folder, device=device))
         with self.space.folded(self.theta * checked_strength(strength)):
             return sample(
@@ -90,8 +85,5 @@ def compare(styled: Styled, prompts: list[str], strength: float, **how) -> Image
     title = "after" if strength == 1 else f"after, strength {strength:g}"
     blocks = range(0, len(prompts), 8)
     return pictures.stack(
-        [
-            pictures.grid([before[i : i + 8], after[i : i + 8]], prompts[i : i + 8], ["before", title])
-            for i in blocks
-        ]
+        [pictures.grid([before[i : i + 8], after[i : i + 8]], prompts[i : i + 8], ["before", title]) for i in blocks]
     )

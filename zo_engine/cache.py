@@ -97,16 +97,17 @@ def _pixels(image) -> Tensor:
 
 
 def embeddings(
-    cache: Cache, folder: Path, prompts: list[str], text_length: int, load_encoders: Callable[[], object]
+    cache: Cache, folder: Path, prompts: list[str], text_length: int, held: str, load_encoders: Callable[[], object]
 ) -> dict[str, tuple[Tensor, Tensor]]:
     """(prompt embeddings [T, D], pooled [P]) of every distinct prompt.
 
+    held: how T5 is held, "none" or "nf4" (see models.encoders_for), since its embeddings differ a little.
     `load_encoders` gives a StableDiffusion3Pipeline with tokenizers and text encoders only; it is called only if a
     prompt is missing, and what it gives is dropped before this function returns.
     """
     parts = ["tokenizer", "tokenizer_2", "tokenizer_3", "text_encoder", "text_encoder_2", "text_encoder_3"]
     model = model_key(folder, parts)
-    keys = {prompt: _key("text", model, text_length, prompt) for prompt in dict.fromkeys(prompts)}
+    keys = {prompt: _key("text", model, text_length, held, prompt) for prompt in dict.fromkeys(prompts)}
     found = {prompt: cache.get(key) for prompt, key in keys.items()}
     missing = [prompt for prompt, value in found.items() if value is None]
     if missing:

@@ -36,7 +36,7 @@ REPEATS = re.compile(r"([1-9][0-9]{0,2})_(.+)")  # three digits: 2024_holiday do
 MIN_SIDE, MAX_SIDE, MAX_PIXELS, MAX_CAPTION = 16, 4096, 40_000_000, 2_000
 STRETCH = 1.08  # a mismatch of aspect up to here is stretched: invisible, and the borders of a card survive
 
-# What Pillow's readers raise on damaged bytes that begin like a picture; from fuzzing and from their source.
+# What Pillow's readers raise on damaged bytes that begin like a picture; from fuzzing and their source.
 DAMAGE = (OSError, SyntaxError, ValueError, TypeError, LookupError, EOFError, struct.error, zlib.error)
 
 
@@ -71,7 +71,7 @@ def read(folder: Path | str, trigger: str = "", caption: str = "") -> list[Pictu
     pictures, problems = scan(folder)
     if problems:
         bad = sum(p.path.suffix.lower() in PICTURES for p in problems)
-        head = f"{bad} of {bad + len(pictures)} pictures" if bad else f"the captions in {folder}"
+        head = f"{bad} of {bad + len(pictures)} pictures" if bad else str(folder)
         listed = _few([f"{_name(p.path, folder)} {p.message}" for p in problems], "; ")
         raise DataError(f"{head} cannot be used: {listed}")
     if not pictures:
@@ -119,7 +119,7 @@ def scan(folder: Path | str) -> tuple[list[Picture], list[Problem]]:
         try:
             size = _measure(path)
             if twins := [p.name for p in beside if p.suffix.lower() in PICTURES - UNREAD]:
-                raise DataError(f"shares its name with {twins[0]}, so one caption would serve both; rename one")
+                raise DataError(f"shares its name with {twins[0]}, so a caption would serve both; rename one")
             if sidecars:
                 caption, source = _read_sidecar(sidecars), "sidecar"
             elif _key(path) in metadata:
@@ -275,7 +275,7 @@ def _refuse_special(path: Path) -> None:
 def open_picture(path: Path | str) -> Image.Image:
     """The picture in RGB as a viewer shows it: rotated by its EXIF tag, first frame, transparency over white.
 
-    An embedded colour profile is applied, to sRGB: without it photographs in Display P3 are pale and print files
+    An embedded colour profile is applied, to sRGB: without it photos in Display P3 are pale and print files
     in CMYK garish, and a style would learn that. Raises DataError.
     """
     try:
@@ -342,7 +342,7 @@ def _rgb(image: Image.Image) -> Image.Image:
             if (mode == "CMYK") == (image.mode == "CMYK"):
                 srgb = ImageCms.createProfile("sRGB")
                 return ImageCms.profileToProfile(image.convert(mode), source, srgb, outputMode="RGB")
-        except (ImageCms.PyCMSError, OSError, KeyError):
+        except (ImageCms.PyCMSError, OSError, KeyError, UnicodeDecodeError):
             pass  # a broken profile: viewers show the picture without it, so do we
     return image.convert("RGB")
 
@@ -353,14 +353,14 @@ def _rgb(image: Image.Image) -> Image.Image:
 def buckets(resolution: str, multiple: int) -> list[tuple[int, int]]:
     """The (width, height) in pixels that pictures are fitted to, every side a multiple of `multiple`.
 
-    "512": shapes from 1:2 to 2:1 with about the area of 512x512, each 15 % from the next, so that a picture in
+    "512": shapes from 1:2 to 2:1 with about the area of 512x512, each 12 % from the next, so that one in
     that range is within `STRETCH` of one, but for the rounding to `multiple`, and loses nothing.
     "64x64,64x96": exactly these. Raises DataError.
     """
     text = resolution.replace(" ", "").lower()
     if re.fullmatch(r"[0-9]{1,6}", text):
         side = _side(int(text), multiple)
-        roots = [2 ** (step / 10) for step in range(-5, 6)]  # of the aspects 2^-1 to 2^1
+        roots = [2 ** (step / 12) for step in range(-6, 7)]  # of the aspects 2^-1 to 2^1
         found = [[max(1, round(x / multiple)) * multiple for x in (side * r, side / r)] for r in roots]
     elif re.fullmatch(r"[0-9]{1,6}x[0-9]{1,6}(,[0-9]{1,6}x[0-9]{1,6})*", text):
         found = [[_side(int(x), multiple) for x in pair.split("x")] for pair in text.split(",")]

@@ -136,7 +136,7 @@ def notes(facts: dict[str, Any]) -> list[str]:
             if facts["torch"]["cuda"]:
                 found.append(
                     f"torch {torch} has CUDA {facts['torch']['cuda']} but does not see the {card.name}: "
-                    f"update its driver ({card.driver or 'unknown'}), unless CUDA_VISIBLE_DEVICES hides the card"
+                    f"update the driver ({card.driver or 'unknown'}), unless CUDA_VISIBLE_DEVICES hides it"
                 )
             else:
                 found.append(gpu.advice(card, torch, sys.executable))
@@ -163,9 +163,7 @@ def _can_run(name: str, facts: dict[str, Any]) -> dict[str, Any]:
     if not here and free < DOWNLOADS[name]:
         return answer(None, f"the download needs {_gb(DOWNLOADS[name])} of disk, {_gb(free)} are free")
     fetch = "" if here else f"after a download of {_gb(DOWNLOADS[name])}; "
-    card = max(
-        (d for d in devices.values() if "memory" in d), key=lambda d: d["memory"]["total"], default=None
-    )
+    card = max((d for d in devices.values() if "memory" in d), key=lambda d: d["memory"]["total"], default=None)
     short = ""
     if card:
         need, there = max(TRANSFORMERS[name], TEXT_WEIGHTS * 2) + ROOM, card["memory"]["total"]
@@ -203,11 +201,7 @@ def describe(facts: dict[str, Any]) -> str:
     for card in facts["cards"]:
         lines.append(f"card      {card['name']}, driver {card['driver'] or 'unknown'}")
     lines.append(f"cuda      {facts['torch']['cuda'] or 'not in this build of torch'}")
-    token = (
-        "there is a token"
-        if facts["hub"]["token"]
-        else "no token (`hf auth login` for models behind a licence)"
-    )
+    token = "there is a token" if facts["hub"]["token"] else "no token (`hf auth login` for models behind a licence)"
     lines.append(f"hub       {token}")
     lines += ["", *(f"Note: {note}" for note in facts["notes"]), "", "What can run here:"]
     for entry in facts["can_run"]:

@@ -89,8 +89,8 @@ def locate(model: str, download: bool = True) -> Path:
     """The folder of a known model, a local folder, or a hub repository `org/name` (downloaded if need be).
 
     The folder that is returned has passed `check`. Raises ModelError, saying what to do, if there is no such
-    model, its licence has not been accepted, there is no network, the disk is too small, or files are missing or
-    damaged.
+    model, its licence has not been accepted, there is no network, the disk is too small, or files are missing
+    or damaged.
     """
     known = MODELS.get(model)
     repo = known.repo if known else model
@@ -126,8 +126,9 @@ def _from_hub(repo: str, download: bool) -> Path:
         folder = Path(snapshot_download(repo, allow_patterns=wanted))
     except GatedRepoError as error:
         raise ModelError(
-            f"{repo} asks you to accept its licence first: log in at https://huggingface.co/{repo} and accept it, "
-            "then make a token (read) at https://huggingface.co/settings/tokens and give it to `hf auth login`"
+            f"{repo} asks you to accept its licence first: log in at https://huggingface.co/{repo} and "
+            "accept it, then make a token (read) at https://huggingface.co/settings/tokens and give it to "
+            "`hf auth login`"
         ) from error
     except RepositoryNotFoundError as error:
         raise ModelError(
@@ -136,8 +137,8 @@ def _from_hub(repo: str, download: bool) -> Path:
     except (OfflineModeIsEnabled, LocalEntryNotFoundError, HTTPError) as error:
         reason = str(error).strip().split("\n")[0]
         raise ModelError(
-            f"{problem}, and the hub cannot be reached ({reason}); connect and try again (what has arrived is "
-            "kept), or give the path of a downloaded folder"
+            f"{problem}, and the hub cannot be reached ({reason}); connect and try again (what has arrived "
+            "is kept), or give the path of a downloaded folder"
         ) from error
     check(folder)
     return folder
@@ -145,7 +146,7 @@ def _from_hub(repo: str, download: bool) -> Path:
 
 def pipeline_files(names: list[str]) -> list[str]:
     """The files of a pipeline among those of a repository: `model_index.json`, the licence, and in the parts'
-    folders configs, tokenizers and safetensors. No pickles, no variants (`model.fp16.safetensors`), and none of
+    folders configs, tokenizers and safetensors. No pickles, no variants (`model.fp16.safetensors`), none of
     the single-file duplicates beside the parts. Raises ModelError if the repository is no such pipeline."""
     if "model_index.json" not in names:
         raise ModelError("the repository has no model_index.json: it is not a diffusers pipeline")
@@ -155,9 +156,7 @@ def pipeline_files(names: list[str]) -> list[str]:
         weights = [name for name in inside if WEIGHTS.fullmatch(name.split("/")[1])]
         if part in WEIGHTED_PARTS and not weights:
             raise ModelError(f"the repository has no safetensors weights in {part}; pickles are never loaded")
-        text = [
-            name for name in inside if name.endswith((".json", ".txt", ".model")) and ".index." not in name
-        ]
+        text = [name for name in inside if name.endswith((".json", ".txt", ".model")) and ".index." not in name]
         wanted += weights + text
     return sorted(wanted)
 
@@ -180,9 +179,7 @@ def check(folder: Path) -> None:
     if not folder.is_dir():
         raise ModelError(f"there is no folder {folder}")
     if (folder / "adapter_config.json").exists() or (folder / "pytorch_lora_weights.safetensors").exists():
-        raise ModelError(
-            f"{folder} is a LoRA, not a model; give the folder of the model that it was made for"
-        )
+        raise ModelError(f"{folder} is a LoRA, not a model; give the folder of the model that it was made for")
     if not (folder / "model_index.json").exists():
         hint = (
             "it looks like one part of it, give the folder above"
@@ -192,9 +189,7 @@ def check(folder: Path) -> None:
         raise ModelError(f"{folder} has no model_index.json, so it is not a diffusers pipeline: {hint}")
     index = read_json(folder / "model_index.json")
     if index.get("_class_name") != PIPELINE:
-        raise ModelError(
-            f"{folder} is a {index.get('_class_name')}; of image models, only {PIPELINE} can be trained"
-        )
+        raise ModelError(f"{folder} is a {index.get('_class_name')}; of image models, only {PIPELINE} can be trained")
     for part in WEIGHTED_PARTS:
         read_json(folder / part / "config.json")
         listed, shards = find_weights(folder / part)
@@ -216,31 +211,25 @@ def _refuse_file(path: Path) -> None:
         with open_shard(path, framework="numpy") as file:
             names = file.keys()
         if any("lora" in name.lower() for name in names):
-            raise ModelError(
-                f"{path} is a LoRA, not a model; give the folder of the model that it was made for"
-            )
+            raise ModelError(f"{path} is a LoRA, not a model; give the folder of the model that it was made for")
     raise ModelError(f"{path} is a single file; give a diffusers folder (with model_index.json in it)")
 
 
 def find_weights(folder: Path) -> tuple[list[str], list[Path]]:
-    """Of one part of a pipeline: the tensors that the index lists (none without an index), and the weight files.
+    """Of one part of a pipeline: the tensors that its index lists (none without index), and the weight files.
 
-    Variants such as `model.fp16.safetensors` are passed over. Raises ModelError for a missing shard, and for a
-    folder that has no weights or only pickles.
+    Variants such as `model.fp16.safetensors` are passed over. Raises ModelError for a missing shard, and for
+    a folder that has no weights or only pickles.
     """
     names = sorted(path.name for path in folder.iterdir() if WEIGHTS.fullmatch(path.name))
     if indices := [name for name in names if name.endswith(".index.json")]:
         weight_map = read_json(folder / indices[0]).get("weight_map")
         if not (isinstance(weight_map, dict) and weight_map):
-            raise ModelError(
-                f"{folder / indices[0]} is damaged: it has no weight_map; download the model again"
-            )
+            raise ModelError(f"{folder / indices[0]} is damaged: it has no weight_map; download the model again")
         shards = [folder / name for name in sorted(set(weight_map.values()))]
         for shard in shards:
             if not shard.is_file():
-                raise ModelError(
-                    f"{shard} is missing, and the index beside it needs it; download the model again"
-                )
+                raise ModelError(f"{shard} is missing, and the index beside it needs it; download the model again")
         return sorted(weight_map), shards
     if not names:
         pickles = sorted(path.name for pattern in PICKLES for path in folder.glob(pattern))
@@ -251,17 +240,13 @@ def find_weights(folder: Path) -> tuple[list[str], list[Path]]:
             )
         raise ModelError(f"{folder} has no weights: {' or '.join(WEIGHT_NAMES)} is expected there")
     if "-of-" in names[0]:
-        raise ModelError(
-            f"{folder} has shards but no index (*.safetensors.index.json); download the model again"
-        )
+        raise ModelError(f"{folder} has shards but no index (*.safetensors.index.json); download the model again")
     return [], [folder / names[0]]
 
 
 def check_index(folder: Path, listed: list[str], found: set[str]) -> None:
     if lost := sorted(set(listed) - found):
-        raise ModelError(
-            f"{folder}: the index lists {some(lost)}, which no shard has; download the model again"
-        )
+        raise ModelError(f"{folder}: the index lists {some(lost)}, which no shard has; download the model again")
 
 
 def open_shard(path: Path, framework: str):
@@ -271,9 +256,7 @@ def open_shard(path: Path, framework: str):
     except SafetensorError as error:
         with path.open("rb") as file:
             pointer = file.read(11) == b"version htt"
-        what = (
-            "it is a Git LFS pointer: run `git lfs pull`" if pointer else "it is truncated: download it again"
-        )
+        what = "it is a Git LFS pointer: run `git lfs pull`" if pointer else "it is truncated: download it again"
         raise ModelError(f"{path} is not a complete safetensors file ({error}); {what}") from error
 
 

@@ -1,4 +1,4 @@
-"""What a file or folder is: a run, a style, a recipe or a model, as facts for people and scripts. Reads headers only."""
+"""What a file or folder is: a run, a style, a recipe or a model, as facts for people and scripts."""
 
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ def inspect(source: Path) -> dict[str, Any]:
     if source.suffix == ".safetensors":
         return inspect_style(source)
     if source.suffix == ".toml":
-        return {"kind": "recipe"} | {k: v for k, v in recipes.load(source).public().items()}
+        return {"kind": "recipe"} | recipes.load(source).public()
     if (source / "recipe.toml").is_file() and (source / "run.json").is_file():
         return inspect_run(Run.open(source))
     if (source / "model_index.json").is_file():

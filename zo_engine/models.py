@@ -1,11 +1,12 @@
 """The parts of a Stable Diffusion 3 pipeline: loaded one by one, put together, and written out again.
 
-`hub` says where a model's files are, `quantize` brings its weights onto the device; this file knows which parts
-there are. `locate`, `MODELS`, `ModelError` and `code_hash` are theirs, given here as well.
+`hub` says where a model's files are, `quantize` brings its weights onto the device; this file knows which
+parts there are. `locate`, `MODELS`, `ModelError` and `code_hash` are theirs, given here as well.
 """
 
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import diffusers
@@ -53,6 +54,12 @@ def load_transformer(
     return load_quantized(Path(folder) / "transformer", quantization=quantization, device=device, dtype=dtype)
 
 
+def encoders_for(folder: Path, device: torch.device, dtype: torch.dtype) -> tuple[str, Callable]:
+    """(how T5 is held on this device, a function that loads the encoders so): for `cache.embeddings`."""
+    held = text_quantization(folder, device)
+    return held, lambda: load_text_encoders(folder, device=device, dtype=dtype, quantization=held)
+
+
 def load_vae(folder: Path, *, device: Device = "cpu", dtype: torch.dtype = torch.float32) -> AutoencoderKL:
     part = Path(folder) / "vae"
     vae, info = AutoencoderKL.from_pretrained(
@@ -82,9 +89,7 @@ def load_text_encoders(
 def _text_encoder(cls: type, part: Path, quantization: str, device: Device, dtype: torch.dtype) -> nn.Module:
     options = {}
     if quantization != "none" and "quantization_config" not in read_json(part / "config.json"):
-        options["quantization_config"] = _bitsandbytes(
-            quantization, dtype
-        )  # else transformers takes what is there
+        options["quantization_config"] = _bitsandbytes(quantization, dtype)  # else transformers takes what is there
     model, info = cls.from_pretrained(
         part,
         dtype=dtype,
@@ -103,9 +108,7 @@ def _text_encoder(cls: type, part: Path, quantization: str, device: Device, dtyp
 def _bitsandbytes(quantization: str, dtype: torch.dtype) -> BitsAndBytesConfig:
     if quantization == "int8":
         return BitsAndBytesConfig(load_in_8bit=True)
-    return BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type=quantization, bnb_4bit_compute_dtype=dtype
-    )
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type=quantization, bnb_4bit_compute_dtype=dtype)
 
 
 def _complete(part: Path, info: dict) -> None:
@@ -116,22 +119,17 @@ def _complete(part: Path, info: dict) -> None:
 
 def pipeline(folder: Path, transformer: nn.Module, vae: AutoencoderKL) -> StableDiffusion3Pipeline:
     """diffusers' own pipeline around the given parts, without text encoders: call it with prompt_embeds."""
-    scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(
-        folder, subfolder="scheduler", local_files_only=True
-    )
-    texts = [
-        name.replace("text_encoder", kind) for name in TEXT_PARTS for kind in ("text_encoder", "tokenizer")
-    ]
-    return StableDiffusion3Pipeline(
-        transformer=transformer, scheduler=scheduler, vae=vae, **dict.fromkeys(texts)
-    )
+    scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(folder, subfolder="scheduler", local_files_only=True)
+    texts = [name.replace("text_encoder", kind) for name in TEXT_PARTS for kind in ("text_encoder", "tokenizer")]
+    return StableDiffusion3Pipeline(transformer=transformer, scheduler=scheduler, vae=vae, **dict.fromkeys(texts))
 
 
 def export(base: Path, transformer: diffusers.ModelMixin, out: Path) -> Path:
     """Write a complete pipeline folder to `out`: this transformer, quantised as it is, all else from `base`.
 
     Plain diffusers loads it on a GPU. Weights that do not change are hard links to the base's where the disk
-    allows it. The folder appears under its name only once it has been loaded again and found equal, bit for bit.
+    allows it. The folder appears under its name only once it has been loaded again and found equal, bit for
+    bit.
     Raises ModelError if `out` exists or the check fails; OSError for a full disk, nothing being left behind.
     """
     base, out = Path(base), Path(out)
@@ -158,9 +156,7 @@ def _copy_others(base: Path, work: Path) -> None:
         (work / part).mkdir()
         for file in (base / part).iterdir() if part != "transformer" else ():
             if WEIGHTS.fullmatch(file.name):
-                _link(
-                    file.resolve(), work / part / file.name
-                )  # in the hub's cache, files are links themselves
+                _link(file.resolve(), work / part / file.name)  # in the hub's cache, files are links themselves
             elif file.suffix in (".json", ".txt", ".model"):
                 shutil.copyfile(file, work / part / file.name)
 
@@ -179,9 +175,7 @@ def _prove_equal(folder: Path, transformer: diffusers.ModelMixin) -> None:
     state = transformer.state_dict()
     changed = [name for name in state if name not in again or not torch.equal(state[name].cpu(), again[name])]
     if changed or len(state) != len(again):
-        raise ModelError(
-            f"the exported model differs from the one in memory in {some(changed)}; please report this"
-        )
+        raise ModelError(f"the exported model differs from the one in memory in {some(changed)}; please report this")
 
 
 # What a pipeline's configs say of it
@@ -193,6 +187,18 @@ def text_length(folder: Path) -> int:
         256,
         int(read_json(Path(folder) / "tokenizer_3" / "tokenizer_config.json").get("model_max_length", 256)),
     )
+
+
+def text_quantization(folder: Path, device: torch.device) -> str:
+    """How to load T5 on a device: plain where all encoders fit into most of its free memory, else NF4.
+
+    T5-XXL is 9.5 GB in bf16, more than SD3.5 Large itself needs here; in NF4 it fits a card of 6 GB.
+    """
+    if device.type != "cuda":
+        return "none"
+    parts = ("text_encoder", "text_encoder_2", "text_encoder_3")
+    size = sum(f.stat().st_size for part in parts for f in (Path(folder) / part).glob("*.safetensors"))
+    return "none" if size < 0.8 * torch.cuda.mem_get_info(device)[0] else "nf4"
 
 
 def pixel_multiple(folder: Path) -> int:
@@ -209,7 +215,5 @@ def scheduler_shift(folder: Path) -> float:
 def describe(model: str) -> KnownModel:
     """The table's entry for a known name; for a folder or a repository, one made from its name."""
     title = Path(model).name
-    unknown = KnownModel(
-        name=title, repo=model, title=title, licence="as the base model", resolution="512", notes=""
-    )
+    unknown = KnownModel(name=title, repo=model, title=title, licence="as the base model", resolution="512", notes="")
     return MODELS.get(model, unknown)

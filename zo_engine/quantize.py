@@ -2,8 +2,8 @@
 
 The model is built without weights, its `nn.Linear` layers become bitsandbytes layers, and then one tensor at
 a time is read, quantised on the device and dropped: beside what stays, host memory holds one tensor. This is
-what diffusers' loader does (`diffusers/quantizers/bitsandbytes`), without its refusal of machines that have no
-GPU, and the result is the same bit for bit.
+what diffusers' loader does (`diffusers/quantizers/bitsandbytes`), without its refusal of machines that have
+no GPU, and the result is the same bit for bit.
 
 Three things differ from a model that diffusers loads, each because the scales are what we train: scales that
 were quantised themselves ("double quantisation") are un-nested into plain fp32, bit for bit; weights are
@@ -29,8 +29,8 @@ from torch import Tensor, nn
 from zo_engine.hub import ModelError, check_index, find_weights, open_shard, read_json, some
 
 QUANTIZATIONS = ("nf4", "fp4", "int8", "none")
-# On a CPU, weights are quantised this many at a time (whole blocks). The temporary tensors of larger pieces leave gaps
-# in the heap that are not used again: with whole layers, twice the memory of the model was lost that way.
+# On a CPU, weights are quantised this many at a time (whole blocks). The temporary tensors of larger pieces
+# leave gaps in the heap that are not used again: with whole layers, more than the model's own size was lost.
 PIECE = 1 << 16
 BLOCK = 64  # weights per NF4/FP4 scale: what bitsandbytes, diffusers and transformers use
 
@@ -82,8 +82,8 @@ def load_quantized(
     """A diffusers model from `folder` (config.json and safetensors), every nn.Linear quantised on `device`.
 
     A folder that is already quantised keeps its codes; `quantization` must then name its format. The model
-    comes in eval mode, without gradients, all else in `dtype`; 4-bit scales are fp32, flat, contiguous, one per
-    64 weights of the row-major weight; int8 scales are fp32, one per row, in `layer.state.SCB`.
+    comes in eval mode, without gradients, all else in `dtype`; 4-bit scales are fp32, flat, contiguous, one
+    per 64 weights of the row-major weight; int8 scales are fp32, one per row, in `layer.state.SCB`.
     Raises ModelError for whatever is wrong with the folder.
     """
     if quantization not in QUANTIZATIONS:
@@ -117,21 +117,16 @@ def load_quantized(
 
 def _model_class(folder: Path, config: dict) -> type[diffusers.ModelMixin]:
     if "peft_type" in config or (folder / "adapter_config.json").exists():
-        raise ModelError(
-            f"{folder} is a LoRA or another adapter; give the folder of the model that it was made for"
-        )
+        raise ModelError(f"{folder} is a LoRA or another adapter; give the folder of the model that it was made for")
     name = config.get("_class_name")
     cls = getattr(diffusers, name, None) if isinstance(name, str) else None
     if not (isinstance(cls, type) and issubclass(cls, diffusers.ModelMixin)):
         raise ModelError(
-            f"{folder / 'config.json'} names the class {name!r}, which diffusers {diffusers.__version__} "
-            "does not have"
+            f"{folder / 'config.json'} names the class {name!r}, which diffusers {diffusers.__version__} does not have"
         )
     method = (config.get("quantization_config") or {}).get("quant_method", "bitsandbytes")
     if method != "bitsandbytes":
-        raise ModelError(
-            f"{folder} is quantised by {method!r}; only bitsandbytes (nf4, fp4, int8) can be loaded"
-        )
+        raise ModelError(f"{folder} is quantised by {method!r}; only bitsandbytes (nf4, fp4, int8) can be loaded")
     return cls
 
 
@@ -197,14 +192,10 @@ def _check(model: nn.Module, formats: dict[str, str], checkpoint: Checkpoint) ->
             statistics.update((f"{weight}.absmax", f"{weight}.quant_map"))
     names = set(checkpoint.files)
     if any("lora_" in name for name in names):
-        raise ModelError(
-            f"{checkpoint.folder} holds a LoRA, not a model; give the folder of the model it was made for"
-        )
+        raise ModelError(f"{checkpoint.folder} holds a LoRA, not a model; give the folder of the model it was made for")
     kind = type(model).__name__
     if missing := sorted((set(expected) | statistics) - names):
-        raise ModelError(
-            f"{checkpoint.folder} lacks {some(missing)}, which its {kind} needs; download it again"
-        )
+        raise ModelError(f"{checkpoint.folder} lacks {some(missing)}, which its {kind} needs; download it again")
     if unexpected := sorted(names - set(expected) - statistics):
         raise ModelError(
             f"{checkpoint.folder} has {some(unexpected)}, which its {kind} does not know; config.json and "
@@ -219,8 +210,8 @@ def _check(model: nn.Module, formats: dict[str, str], checkpoint: Checkpoint) ->
 
 
 def _room(linear: nn.Linear, format: str, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Memory for the codes and scales of a layer, taken for all layers before any weight is read: what stays is
-    not strewn among what comes and goes, and a model that does not fit fails at once."""
+    """Memory for the codes and scales of a layer, taken for all layers before any weight is read: what stays
+    is not strewn among what comes and goes, and a model that does not fit fails at once."""
     weights = linear.weight.numel()
     if format == "int8":
         size, codes = linear.out_features, torch.empty(linear.weight.shape, dtype=torch.int8, device=device)

@@ -1,16 +1,16 @@
 """The run folder: the only file that knows file names. Imports no torch, so that a page can read runs cheaply.
 
-    runs/<name>/
-      recipe.toml        what the run is, every setting resolved
-      run.json           the base it belongs to: model, hash of its codes, versions
-      journal.jsonl      one line a step: the run itself
-      evaluations.jsonl  held-out losses
-      status.json        state, step, last figures, process id: for whoever looks on
-      log.txt            what was said
-      previews/          000100.png, one grid each, and 000100/ with its single pictures
-      checkpoints/       last.safetensors, best.safetensors
-      plots/             loss.png
-      style.safetensors  the result; style-journal.safetensors, the same as a journal
+runs/<name>/
+  recipe.toml        what the run is, every setting resolved
+  run.json           the base it belongs to: model, hash of its codes, versions
+  journal.jsonl      one line a step: the run itself
+  evaluations.jsonl  held-out losses
+  status.json        state, step, last figures, process id: for whoever looks on
+  log.txt            what was said
+  previews/          000100.png, one grid each, and 000100/ with its single pictures
+  checkpoints/       last.safetensors, best.safetensors
+  plots/             loss.png
+  style.safetensors  the result; style-journal.safetensors, the same as a journal
 """
 
 import json
@@ -19,7 +19,6 @@ import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -191,5 +190,3 @@ def new_name(root: Path, wish: str) -> Path:
     while (path := Path(root) / (slug if number == 1 else f"{slug}-{number}")).exists():
         number += 1
     return path
-
-

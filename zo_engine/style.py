@@ -6,7 +6,6 @@ style belongs to, by a hash of its quantised codes and scales, and how it was ma
 """
 
 import json
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -89,7 +88,9 @@ def journal_steps(tensors: dict[str, Tensor]) -> list[Step]:
     return [
         Step(i, tuple(short(d) for d in row), clip, size, float("nan"), tuple(search) if search[0] == search[0] else ())
         for i, (row, clip, size, search) in enumerate(
-            zip(slopes, tensors["clip"].tolist(), tensors["step_size"].tolist(), tensors["search"].tolist(), strict=True)
+            zip(
+                slopes, tensors["clip"].tolist(), tensors["step_size"].tolist(), tensors["search"].tolist(), strict=True
+            )
         )
     ]
 
@@ -152,5 +153,3 @@ def checked_strength(strength: float) -> float:
     if not low <= strength <= high:
         raise StyleError(f"strength {strength} is outside of {low:g} to {high:g}; 1 is the style as trained")
     return strength
-
-

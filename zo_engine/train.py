@@ -26,7 +26,7 @@ from zo_engine.run import Run, write_atomic
 from zo_engine.scales import find_scales, prove_live
 from zo_engine.style import Style, journal_tensors, make_space, make_zo, save_style, theta_tensors
 from zo_engine.tasks.diffusion import SEARCH, Diffusion, Example, sample
-from zo_engine.zo import ZO, slopes, trapezoid
+from zo_engine.zo import slopes, trapezoid
 
 PATIENCE = 20  # steps in a row without a finite loss, after which a run gives up
 
@@ -107,7 +107,7 @@ def prepare(recipe: Recipe, cache_folder: Path, say: Callable[[str], None] = lam
     found = dataset.read(recipe.images, trigger=recipe.trigger, caption=recipe.caption)
     folder = models.locate(recipe.model)
     buckets = dataset.buckets(recipe.resolution or known.resolution, models.pixel_multiple(folder))
-    placed = [(picture, dataset.choose_bucket(picture.size, buckets)) for picture in found for _ in range(picture.repeats)]
+    placed = [(picture, dataset.choose_bucket(picture.size, buckets)) for picture in found]
     notes = dataset.warnings(found, buckets)
 
     say(f"encoding {len(found)} pictures and their captions")
@@ -117,9 +117,8 @@ def prepare(recipe: Recipe, cache_folder: Path, say: Callable[[str], None] = lam
     asked = [p.replace("[trigger]", recipe.trigger) for p in recipe.prompts]
     prompts = asked or preview_prompts([p.caption for (p, _), _ in train], [p.caption for (p, _), _ in held_out])
     captions = ["", *prompts, *(picture.caption for picture in found)]
-    text = cache.embeddings(
-        store, folder, captions, models.text_length(folder), lambda: models.load_text_encoders(folder, device=device, dtype=dtype)
-    )
+    encoders = models.encoders_for(folder, device, dtype)
+    text = cache.embeddings(store, folder, captions, models.text_length(folder), *encoders)
 
     say(f"loading {known.title} in {recipe.quantization}")
     transformer = models.load_transformer(folder, quantization=recipe.quantization, device=device, dtype=dtype)
@@ -130,7 +129,9 @@ def prepare(recipe: Recipe, cache_folder: Path, say: Callable[[str], None] = lam
         notes.append(f"{len(space.left_out)} layers stay frozen: their groups straddle rows ({space.left_out[0]}, ...)")
     if not held_out:
         notes.append("too few pictures to hold some out: the held-out loss is measured on training pictures")
-    as_examples = lambda part: [Example(x, *text[picture.caption]) for (picture, _), x in part]  # noqa: E731
+    as_examples = lambda part: [  # noqa: E731
+        Example(x, *text[picture.caption]) for (picture, _), x in part for _ in range(picture.repeats)
+    ]
     task = Diffusion(
         transformer,
         as_examples(train),
@@ -196,7 +197,7 @@ class Training:
 
     def step(self) -> Step:
         """Probe, estimate, move: from one batch to the next theta."""
-        zo, recipe, task, space = self.zo, self.recipe, self.studio.task, self.studio.space
+        zo, recipe, task = self.zo, self.recipe, self.studio.task
         own = recipe.space == "gain"
         z = zo.directions()
         losses = self._losses(central(z, zo.eps, recipe.batch_size, own), task.batch(zo.step, recipe.batch_size))
@@ -288,7 +289,9 @@ class Training:
             "licence": models.describe(self.recipe.model).licence,
         }
         base = self.run.base()
-        save_style(self.run.style_file, Style("theta", theta_tensors(self.studio.space, theta), self.recipe, base, facts))
+        save_style(
+            self.run.style_file, Style("theta", theta_tensors(self.studio.space, theta), self.recipe, base, facts)
+        )
         if step:
             replayed = journal_tensors(self.run.journal()[:step])
             save_style(self.run.journal_style_file, Style("journal", replayed, self.recipe, base, facts))
@@ -364,7 +367,7 @@ def train(run: Run, studio: Studio, report: Callable[[dict], None], stop: thread
             run.log(f"step {record.step}: a loss was not finite; theta unchanged, {zo.skipped} steps skipped so far")
         if bad >= PATIENCE:
             raise TrainingError(
-                f"{PATIENCE} steps in a row had a loss that was not finite; try dtype = \"float32\" or a smaller eps"
+                f'{PATIENCE} steps in a row had a loss that was not finite; try dtype = "float32" or a smaller eps'
             )
         pace = (time.monotonic() - began) / (zo.step - first)
         facts = {

@@ -100,7 +100,6 @@ class StepSize:
             target = -self.slope / self.curvature
         self.value = min(max(target, size / self.reach), size * self.reach)
 
-
     def state(self) -> dict[str, float]:
         return {"search_value": self.value or 0.0, "search_slope": self.slope, "search_curvature": self.curvature}
 
@@ -193,7 +192,6 @@ class ZO:
         self.step += 1
         self.skipped += 1
 
-
     # A checkpoint only saves time: replaying the journal from the start gives the same bits.
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, float]]:
@@ -205,7 +203,9 @@ class ZO:
     def restore(self, tensors: dict[str, Tensor], scalars: dict[str, float], journal: list[Step]) -> None:
         """Take up a state; `journal` holds at least the records up to its step."""
         self.theta = tensors["theta"].to(self.theta.device, copy=True)
-        self.update.state = [tensors[f"average.{i}"].to(self.theta.device, copy=True) for i in range(len(self.update.state))]
+        self.update.state = [
+            tensors[f"average.{i}"].to(self.theta.device, copy=True) for i in range(len(self.update.state))
+        ]
         self.step, self.skipped = int(scalars["step"]), int(scalars["skipped"])
         self.update.count = int(scalars["updates"])
         self.search.restore(scalars)

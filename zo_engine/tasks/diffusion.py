@@ -63,7 +63,9 @@ def shifted(sigma: np.ndarray, shift: float) -> np.ndarray:
     return shift * sigma / (1 + (shift - 1) * sigma)
 
 
-def draw_sigma(rng: np.random.Generator, count: int, offset: float, mean: float, std: float, shift: float) -> np.ndarray:
+def draw_sigma(
+    rng: np.random.Generator, count: int, offset: float, mean: float, std: float, shift: float
+) -> np.ndarray:
     """`count` noise levels, logit-normal then shifted, one from each of `count` equally likely strata, in random order.
 
     `offset` in 0..1 places all of them inside their strata; a golden-ratio sequence of offsets spreads them evenly

@@ -1,0 +1,305 @@
+"""The loop: resuming equals never stopping, the journal is the run, faults leave theta alone, the loss falls."""
+
+import dataclasses
+import errno
+import json
+import math
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, PngImagePlugin
+
+from zo_engine import train as training
+from zo_engine.apply import open_style
+from zo_engine.journal import Step
+from zo_engine.plots import plot
+from zo_engine.recipe import Recipe
+from zo_engine.run import Run
+from zo_engine.style import Style, StyleError, load_style, make_zo, save_style
+
+PICTURES = 10
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory) -> Path:
+    """Pictures of two shapes with captions."""
+    folder = tmp_path_factory.mktemp("data")
+    rng = np.random.default_rng(0)
+    for i in range(PICTURES):
+        size = (32, 48) if i < 6 else (32, 32)
+        Image.fromarray(rng.integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)).save(folder / f"{i}.png")
+        (folder / f"{i}.txt").write_text(f"a [trigger] of a {['sun', 'moon'][i % 2]}")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def recipe(data, tiny_folder) -> Recipe:
+    return Recipe(
+        images=str(data), model=str(tiny_folder), trigger="gold", resolution="32x32,32x48", steps=9, batch_size=4,
+        evaluate_every=3, evaluate_items=8, preview_every=0, preview_steps=2, search_every=4, warmup=2,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def studio(recipe, tmp_path_factory) -> training.Studio:
+    return training.prepare(recipe, tmp_path_factory.mktemp("cache"))
+
+
+def go(studio, path, stop_after: int | None = None, **changes) -> Run:
+    """A whole run, or one that is asked to stop after some steps."""
+    recipe = dataclasses.replace(studio.recipe, **changes)
+    run = Run.open(path) if path.exists() else Run.create(path, recipe)
+    run.write_base(model=recipe.model, code_hash=studio.code_hash)
+    stop = threading.Event()
+    report = lambda facts: stop.set() if facts["step"] == stop_after else None  # noqa: E731
+    space = training.make_space(studio.space.views, recipe)
+    state = training.train(run, dataclasses.replace(studio, recipe=recipe, space=space), report, stop)
+    assert state == ("done" if stop_after is None else "stopped")
+    return run
+
+
+def results(run: Run) -> dict:
+    """Everything that must be equal between a run and its resumed twin."""
+    last = training._read_checkpoint(run.last_file)
+    style = load_style(run.style_file)  # by content: safetensors orders its metadata anew in every process
+    return {
+        "journal": [r.to_json() for r in run.journal()],
+        "evaluations": run.evaluations(),
+        "theta": last[0]["theta"].numpy().tobytes(),
+        "scalars": last[1],
+        "previews": {p.relative_to(run.path): p.read_bytes() for p in sorted(run.previews.rglob("*.png"))},
+        "style": {name: tensor.numpy().tobytes() for name, tensor in style.tensors.items()},
+        "facts": style.facts,
+    }
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "momentum", "adam"])
+def test_resume_equals_uninterrupted(studio, tmp_path, optimizer):
+    whole = go(studio, tmp_path / "whole", optimizer=optimizer)
+    broken = go(studio, tmp_path / "broken", stop_after=4, optimizer=optimizer)
+    go(studio, tmp_path / "broken", stop_after=5, optimizer=optimizer)
+    go(studio, tmp_path / "broken", optimizer=optimizer)
+    assert results(broken) == results(whole)
+
+
+def test_resume_after_a_crash_replays_the_journal(studio, tmp_path):
+    """Killed between two checkpoints, with a torn last line: the journal's whole lines are the run."""
+    whole = go(studio, tmp_path / "whole")
+    broken = go(studio, tmp_path / "broken", stop_after=5)
+    broken.last_file.unlink()
+    with open(broken.journal_file, "a") as file:
+        file.write('{"step": 5, "lo')
+    go(studio, tmp_path / "broken")
+    assert results(broken) == results(whole)
+
+
+def test_journal_alone_replays_to_theta(studio, tmp_path):
+    run = go(studio, tmp_path / "run")
+    zo = make_zo(studio.space, studio.recipe)
+    for record in run.journal():
+        zo.apply(record)
+    assert torch.equal(zo.theta, training._read_checkpoint(run.last_file)[0]["theta"])
+
+
+def test_base_is_untouched(studio, tmp_path):
+    before = {name: view.base.clone() for name, view in studio.space.views.items()}
+    go(studio, tmp_path / "run")
+    for name, view in studio.space.views.items():
+        assert view.format.get(view.module) is view.base and torch.equal(view.base, before[name])
+        assert "forward" not in view.module.__dict__
+
+
+@pytest.mark.parametrize("space, more", [("gain", {}), ("group", {}), ("gain", {"columns": True, "directions": 2})])
+def test_the_loss_falls(studio, tmp_path, space, more):
+    run = go(studio, tmp_path / "run", steps=60, evaluate_every=20, space=space, **more)
+    evaluations = run.evaluations()
+    best = min(evaluations, key=lambda e: e["loss"])
+    assert best["change"] < -2 * best["change_error"] < 0
+
+
+def test_rows_of_a_forward_change_nothing_but_rounding(studio, tmp_path):
+    whole, chunked = (go(studio, tmp_path / str(rows), rows=rows, steps=3) for rows in (0, 3))
+    for a, b in zip(whole.journal(), chunked.journal(), strict=True):
+        np.testing.assert_allclose(a.slopes, b.slopes, rtol=2e-2, atol=2e-3)
+
+
+def test_nonfinite_losses_leave_theta_alone_and_are_said(studio, tmp_path, monkeypatch):
+    real, calls = studio.task.losses, []
+
+    def broken(batch):
+        calls.append(1)
+        losses = real(batch)
+        return losses * math.nan if len(calls) == 5 else losses
+
+    monkeypatch.setattr(studio.task, "losses", broken)
+    run = go(studio, tmp_path / "run", steps=4, step_size=0.1)
+    records = run.journal()
+    assert [r.skipped for r in records].count(True) == 1
+    assert run.status()["skipped"] == 1 and "was not finite; theta unchanged" in (run.path / "log.txt").read_text()
+    zo = make_zo(studio.space, dataclasses.replace(studio.recipe, steps=4, step_size=0.1))
+    for record in records:
+        before = zo.theta.clone()
+        zo.apply(record)
+        assert torch.equal(zo.theta, before) == record.skipped
+
+
+def test_a_run_without_finite_losses_gives_up(studio, tmp_path, monkeypatch):
+    monkeypatch.setattr(studio.task, "losses", lambda batch: torch.full((len(batch.sigma),), math.inf))
+    with pytest.raises(training.TrainingError, match="20 steps in a row"):
+        go(studio, tmp_path / "run", steps=30)
+
+
+def test_a_full_disk_keeps_the_last_good_checkpoint(studio, tmp_path, monkeypatch):
+    real = training.write_atomic
+
+    def full(path, data):
+        if path.name == "last.safetensors" and run.status().get("step") == 6:
+            raise OSError(errno.ENOSPC, "No space left on device", str(path))
+        real(path, data)
+
+    run = Run(tmp_path / "run")
+    monkeypatch.setattr(training, "write_atomic", full)
+    with pytest.raises(OSError, match="No space left"):
+        go(studio, run.path)
+    assert training._read_checkpoint(run.last_file)[1]["step"] == 3
+    monkeypatch.undo()
+    go(studio, run.path)
+    assert results(run) == results(go(studio, tmp_path / "whole"))
+
+
+def test_both_forms_of_a_style_give_the_same_theta(studio, tmp_path):
+    run = go(studio, tmp_path / "run")
+    cache = tmp_path / "cache"
+    theta, journal = (open_style(p, cache).theta for p in (run.style_file, run.journal_style_file))
+    assert torch.equal(theta, journal) and theta.abs().max() > 0
+    best = training._read_checkpoint(run.best_file)
+    assert torch.equal(theta, best[0]["theta"]) and best[1]["step"] == float(load_style(run.style_file).facts["step"])
+
+
+def test_a_style_is_small_and_says_what_it_is(studio, tmp_path):
+    run = go(studio, tmp_path / "run")
+    style = load_style(run.style_file)
+    assert run.style_file.stat().st_size < 200_000
+    assert style.base["code_hash"] == studio.code_hash and style.facts["trigger"] == "gold"
+    assert style.facts["pictures"] == str(studio.pictures) and style.facts["licence"]
+    assert str(studio.recipe.images) not in run.style_file.read_bytes().decode("latin-1")
+
+
+def test_a_style_refuses_another_base(studio, tmp_path, straddling_folder):
+    run = go(studio, tmp_path / "run")
+    with pytest.raises(StyleError, match="was made for .*load the model it was made for"):
+        open_style(run.style_file, tmp_path / "cache", model=str(straddling_folder))
+
+
+def test_damaged_styles_are_refused(studio, tmp_path):
+    run = go(studio, tmp_path / "run")
+    data = run.style_file.read_bytes()
+    for name, bytes_, sentence in (
+        ("truncated", data[: len(data) // 2], "not a readable safetensors file"),
+        ("empty", b"", "not a readable safetensors file"),
+        ("pickle", b"\x80\x04\x95" + data[:100], "not a readable safetensors file"),
+    ):
+        (tmp_path / name).write_bytes(bytes_)
+        with pytest.raises(StyleError, match=sentence):
+            load_style(tmp_path / name)
+    with pytest.raises(StyleError, match="there is no style"):
+        load_style(tmp_path / "nothing")
+    style = load_style(run.style_file)
+    lost = dict(list(style.tensors.items())[1:])
+    save_style(tmp_path / "lost", Style(style.form, lost, style.recipe, style.base, style.facts))
+    with pytest.raises(StyleError, match="does not fit the model's layers"):
+        open_style(tmp_path / "lost", tmp_path / "cache")
+
+
+def test_strength_scales_theta_and_zero_is_the_base(studio, tmp_path):
+    styled = open_style(go(studio, tmp_path / "run").path, tmp_path / "cache")
+    how = {"size": (32, 32), "seed": 1, "steps": 2, "guidance": 2.0}
+    base, style = (np.asarray(styled.sample(["a sun"], s, **how)[0], int) for s in (0.0, 1.0))
+    plain = np.asarray(studio.sample(["a gold of a sun"], 2, [1])[0])
+    assert base.shape == style.shape and np.abs(base - style).max() > 0 and plain.shape == (48, 32, 3)
+    with pytest.raises(StyleError, match="outside of 0 to 1.5"):
+        styled.sample(["a sun"], 1.6, **how)
+
+
+def test_export_equals_the_preview(studio, tmp_path):
+    """The exported folder, loaded afresh, draws what the styled base draws, pixel for pixel."""
+    from zo_engine import models
+    from zo_engine.tasks.diffusion import sample
+
+    styled = open_style(go(studio, tmp_path / "run").path, tmp_path / "cache")
+    how = {"size": (32, 32), "seed": 5, "steps": 2, "guidance": 2.0}
+    (ours,) = styled.sample(["a gold sun"], 1.0, **how)
+    folder = styled.export(tmp_path / "exported")
+    pipe = models.pipeline(folder, models.load_transformer(folder, quantization="nf4"), models.load_vae(folder))
+    encoders, length = models.load_text_encoders(folder), models.text_length(folder)
+    with torch.no_grad():
+        texts = [
+            encoders.encode_prompt(p, None, None, do_classifier_free_guidance=False, max_sequence_length=length)
+            for p in ("a gold sun", "")
+        ]
+    (prompt, none) = ((t[0][0], t[2][0]) for t in texts)
+    (exported,) = sample(pipe, [prompt], none, [5], width=32, height=32, steps=2, guidance=2.0)
+    assert np.array_equal(np.asarray(ours), np.asarray(exported))
+
+
+def test_second_preparation_needs_no_encoder(recipe, tmp_path, monkeypatch):
+    training.prepare(recipe, tmp_path)
+    monkeypatch.setattr(training.models, "load_vae", lambda *a, **k: pytest.fail("the VAE was loaded again"))
+    monkeypatch.setattr(training.models, "load_text_encoders", lambda *a, **k: pytest.fail("text encoders again"))
+    training.prepare(recipe, tmp_path)
+
+
+def test_cache_notices_a_changed_picture_and_a_damaged_file(recipe, data, tmp_path):
+    import shutil
+
+    copy = tmp_path / "data"
+    shutil.copytree(data, copy)
+    mine = dataclasses.replace(recipe, images=str(copy), holdout=0.0)
+    before = training.prepare(mine, tmp_path / "cache").task.train
+    for file in (tmp_path / "cache").rglob("*.safetensors"):
+        file.write_bytes(file.read_bytes()[:50])
+    again = training.prepare(mine, tmp_path / "cache").task.train
+    first = next(iter(before))
+    assert torch.equal(before[first][0].latents, again[first][0].latents)
+    Image.new("RGB", (32, 48), "red").save(copy / "0.png")
+    changed = training.prepare(mine, tmp_path / "cache").task.train
+    assert not torch.equal(before[(16, 6, 4)][0].latents, changed[(16, 6, 4)][0].latents)
+
+
+def test_held_out_pictures_are_not_trained_on(studio):
+    assert studio.pictures + studio.held_out == PICTURES and studio.held_out == 2
+    train = {e.latents.numpy().tobytes() for group in studio.task.train.values() for e in group}
+    held = {e.latents.numpy().tobytes() for group in studio.task.held_out.values() for e in group}
+    assert not train & held
+
+
+def test_previews_carry_prompt_and_seed(studio, tmp_path):
+    run = go(studio, tmp_path / "run", steps=3)
+    single = sorted((run.previews / "000000").glob("*.png"))
+    with Image.open(single[1]) as image:
+        assert isinstance(image, PngImagePlugin.PngImageFile)
+        assert image.info["seed"] == "43" and image.info["prompt"] == studio.prompts[1]
+    assert run.preview_file(0).exists() and run.preview_file(3).exists()
+    assert {"a gold of a sun", "a gold of a moon"} >= set(studio.prompts)
+
+
+def test_plot_of_any_run_is_a_picture(studio, tmp_path):
+    run = go(studio, tmp_path / "run", steps=3)
+    with Image.open(run.plot_file) as image:
+        assert image.width > 800
+    empty = Run.create(tmp_path / "empty", studio.recipe)
+    assert plot(empty).exists()
+    empty.append_step(Step(0, (math.nan,), 0.0, 0.0, math.nan))
+    assert plot(empty).exists()
+
+
+def test_evaluation_error_is_the_standard_error(studio, tmp_path):
+    run = go(studio, tmp_path / "run", steps=3)
+    first, last = run.evaluations()
+    items = np.array(last["items"])
+    assert last["error"] == pytest.approx(items.std(ddof=1) / len(items) ** 0.5)
+    assert last["change"] == pytest.approx((items - np.array(first["items"])).mean())
+    assert json.loads(run.evaluations_file.read_text().splitlines()[0])["step"] == 0
