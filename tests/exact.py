@@ -134,9 +134,9 @@ def one_step(zo: ZO, losses, batch: int, own: bool = True, schedule: float = 1.0
     clip = short(zo.clip_level(list(found)))
     descent = zo.descend(z, list(found), clip)
     search = ()
-    if not zo.fixed and zo.search.due(zo.step):
-        size = short(zo.first_size(descent))
-        three = losses(along(-descent, size, batch)).double().view(3, -1).mean(1)
+    if zo.searches():
+        size = short(zo.first_size(zo.update.fresh))
+        three = losses(along(-zo.update.fresh, size, batch)).double().view(3, -1).mean(1)
         search = (size, *(short(loss) for loss in three.tolist()))
     record = Step(zo.step, found, clip, short(zo.choose(search) * schedule), mean, search)
     zo.move(descent, record)

@@ -9,7 +9,8 @@ import numpy as np
 
 def short(value: float) -> float:
     """The shortest decimal that rounds to `value` in fp32: exact as fp32, and few characters in the journal."""
-    return float(str(np.float32(value)))
+    with np.errstate(over="ignore"):  # infinity is a loss that is not finite, which has its own rule
+        return float(str(np.float32(value)))
 
 
 @dataclass(frozen=True)

@@ -83,13 +83,14 @@ class Space:
     @contextmanager
     def folded(self, theta: Tensor) -> Iterator[None]:
         """The model with theta written into its scales: what previews, evaluation and export run."""
+        before = {view: view.live for view in self.views.values()}
         try:
             for view, scale in self.scales(theta):
                 view.put(scale)
             yield
         finally:
-            for view in self.views.values():
-                view.restore()
+            for view, scale in before.items():
+                view.format.put(view.module, scale)
 
     @contextmanager
     def dressed(self, theta: Tensor, probes: Probes | None = None) -> Iterator[None]:
@@ -97,16 +98,16 @@ class Space:
         previous = {}
         try:
             for view, forward in self._forwards(theta, probes):
-                previous[view] = view.module.__dict__.get("forward")
+                previous[view] = view.module.__dict__.get("forward"), view.live
                 view.module.forward = forward
             yield
         finally:
-            for view, forward in previous.items():
+            for view, (forward, scale) in previous.items():
                 if forward is None:
                     del view.module.forward
                 else:
                     view.module.forward = forward
-                view.restore()
+                view.format.put(view.module, scale)
 
 
 def _expect_rows(view: ScaleView, x: Tensor, rows: int) -> None:
@@ -144,7 +145,7 @@ class GainSpace(Space):
     def _forwards(self, theta: Tensor, probes: Probes | None) -> Iterator[tuple[ScaleView, Callable]]:
         parts = self.layout.split(theta)
         z = self.layout.split(probes.z) if probes else {}
-        step = (probes.eps * probes.sign.to(theta.device, torch.float32))[:, None] if probes else None
+        step = (probes.eps * probes.sign.to(theta.device, theta.dtype))[:, None] if probes else None
         direction = probes.direction.to(theta.device) if probes else None
 
         def gain(name: str) -> Tensor:
@@ -208,7 +209,7 @@ class GroupSpace(Space):
                     _expect_rows(view, x, len(probes.sign))
                 outputs = []
                 for start, stop, direction, step in runs:
-                    moved = parts[name] + step * z[name][direction] if step else parts[name]
+                    moved = parts[name] + step * z[name][direction].to(theta.dtype) if step else parts[name]
                     view.put(self._scale(view, moved))
                     outputs.append(plain(x[start:stop]))
                 return torch.cat(outputs)

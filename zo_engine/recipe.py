@@ -88,12 +88,12 @@ def _checked(field: dataclasses.Field, value: Any) -> Any:
         if not isinstance(value, list | tuple) or not all(isinstance(v, str) for v in value):
             raise RecipeError(f"{field.name} must be a list of texts, not {value!r}")
         return tuple(value)
-    if kind is float and type(value) is int:
+    if kind is float and type(value) is int and abs(value) < 2**53:
         value = float(value)
     if type(value) is not kind:
         words = {str: "a text", int: "a whole number", float: "a number", bool: "true or false"}[kind]
         raise RecipeError(f"{field.name} must be {words}, not {value!r}")
-    if kind in (int, float) and not meta["low"] <= value <= meta["high"]:  # NaN fails both
+    if kind in (int, float) and not (meta["low"] <= value <= meta["high"] and value < math.inf):  # NaN fails all
         raise RecipeError(f"{field.name} = {value} is outside of {_range(meta)}")
     if meta["choices"] and value not in meta["choices"]:
         raise RecipeError(f"{field.name} = {value!r} is not possible; choose from {', '.join(meta['choices'])}")
@@ -120,11 +120,11 @@ def load(path: Path) -> Recipe:
     """Read a TOML recipe; `images` and a `model` folder are relative to the file. Raises RecipeError."""
     path = Path(path)
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")  # some editors begin with a byte order mark
         values = tomllib.loads(text)
     except FileNotFoundError:
         raise RecipeError(f"there is no recipe at {path}") from None
-    except (IsADirectoryError, PermissionError) as error:
+    except (IsADirectoryError, NotADirectoryError, PermissionError) as error:
         raise RecipeError(f"{path} cannot be read as a recipe: {error.strerror}") from None
     except UnicodeDecodeError:
         raise RecipeError(f"{path} is not a text file in UTF-8") from None

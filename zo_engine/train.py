@@ -210,10 +210,10 @@ class Training:
         clip = short(zo.clip_level(found))
         descent = zo.descend(z, found, clip)
         search: tuple[float, ...] = ()
-        if not zo.fixed and zo.search.due(zo.step):
-            size = short(zo.first_size(descent))
+        if zo.searches():
+            size = short(zo.first_size(zo.update.fresh))
             fresh = task.batch(zo.step, recipe.batch_size, SEARCH)
-            three = self._losses(along(-descent, size, recipe.batch_size), fresh)
+            three = self._losses(along(-zo.update.fresh, size, recipe.batch_size), fresh)
             search = (size, *(short(loss) for loss in three.double().view(3, -1).mean(1).tolist()))
         schedule = trapezoid(zo.step, recipe.steps, recipe.warmup, recipe.decay)
         record = Step(zo.step, tuple(found), clip, short(zo.choose(search) * schedule), mean, search)

@@ -53,20 +53,25 @@ class Update:
         self.state = [torch.zeros(size, device=device) for _ in range(buffers)]
 
     def __call__(self, gradient: Tensor) -> Tensor:
-        """The direction U of the update theta <- theta - step_size * U; [n] -> [n]."""
+        """The direction U of the update theta <- theta - step_size * U; [n] -> [n]. `fresh` is what this step alone
+        says: the line search goes along it, since the best step along an average overshoots when it is made again
+        and again."""
         self.count += 1
+        self.fresh = gradient
         if self.kind == "sgd":
             return gradient
         mean = self._average(self.state[0], gradient, self.momentum)
         if self.kind == "momentum":
             return mean
         square = self._average(self.state[1], gradient * gradient, self.second)
-        return mean / (square.sqrt() + 1e-12)
+        root = square.sqrt() + 1e-12
+        self.fresh = gradient / root
+        return mean / root
 
     def _average(self, average: Tensor, value: Tensor, beta: float) -> Tensor:
         """Exponential average with Adam's correction for its start (arXiv:1412.6980, section 3)."""
         average.mul_(beta).add_(value * (1 - beta))
-        return average / (1 - beta**self.count)
+        return average * _fp32(1 / (1 - beta**self.count))  # CUDA divides by a number in two roundings
 
 
 class StepSize:
@@ -156,7 +161,12 @@ class ZO:
         gradient = torch.zeros_like(self.theta)
         for direction, d in zip(z, slopes, strict=True):  # one after the other: the same rounding everywhere
             gradient.add_(direction * _fp32(min(max(d, -clip), clip)))
-        return self.update(gradient / len(slopes))
+        return self.update(gradient * _fp32(1 / len(slopes)))
+
+    def searches(self) -> bool:
+        """Whether this step makes a line search along `update.fresh`: never along nothing."""
+        due = self.search.value is None or self.search.due(self.step)
+        return not self.fixed and due and bool(self.update.fresh.any())
 
     def first_size(self, descent: Tensor) -> float:
         """The size to start the search from: theta moves by eps, root mean square."""
