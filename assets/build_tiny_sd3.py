@@ -493,7 +493,7 @@ def save_pipeline(model: TinySD3, vae: AutoencoderKL, clip_tokenizer, t5_tokeniz
         config = json.loads(path.read_text())
         config["dtype"] = "float32"
         path.write_text(json.dumps(config, indent=2) + "\n")
-    card = out / "README.md"
+    card = Path(__file__).parent / "models" / "tiny-sd3" / "README.md"
     if card.exists():
         shutil.copy(card, new / "README.md")
     if out.exists():
