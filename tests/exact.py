@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from zo_engine.journal import Step, short
-from zo_engine.probes import Space, along, central
+from zo_engine.journal import Step
+from zo_engine.probes import Space
 from zo_engine.scales import Format, ScaleView
-from zo_engine.zo import ZO, slopes
+from zo_engine.zo import ZO
 
 WIDTH = 64  # of every layer but one: one bitsandbytes block
 
@@ -122,22 +122,5 @@ def one_by_one(space: Space, theta: Tensor, probes, loss) -> Tensor:
 
 
 def one_step(zo: ZO, losses, batch: int, own: bool = True, schedule: float = 1.0) -> Step:
-    """A live step as in `train.Training.step`: `losses(probes)` [R] are all that it sees."""
-    z = zo.directions()
-    values = losses(central(z, zo.eps, batch, own))
-    found = tuple(short(d) for d in slopes(values, zo.eps, len(z)).tolist())
-    mean = short(values.double().mean().item())
-    if Step(zo.step, found, 0.0, 0.0, mean).skipped:
-        record = Step(zo.step, found, 0.0, 0.0, mean)
-        zo.skip()
-        return record
-    clip = short(zo.clip_level(list(found)))
-    descent = zo.descend(z, list(found), clip)
-    search = ()
-    if zo.searches():
-        size = short(zo.first_size(zo.update.fresh))
-        three = losses(along(-zo.update.fresh, size, batch)).double().view(3, -1).mean(1)
-        search = (size, *(short(loss) for loss in three.tolist()))
-    record = Step(zo.step, found, clip, short(zo.choose(search) * schedule), mean, search)
-    zo.move(descent, record)
-    return record
+    """A live step whose searches see the same batch: `losses(probes)` [R] are all that it sees."""
+    return zo.advance(lambda probes, fresh: losses(probes), batch, own, schedule)

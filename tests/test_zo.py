@@ -544,7 +544,7 @@ def test_nothing_tuned_is_nearly_as_good_as_the_best_fixed_step(optimizer):
 def test_the_first_step_moves_theta_by_about_eps():
     zo = method(eps=0.02)
     descent = torch.full((20,), 5.0)
-    assert zo.first_size(descent) * 5.0 == pytest.approx(0.02)
+    assert zo.reaching(1, descent) * 5.0 == pytest.approx(0.02)
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)

@@ -73,9 +73,9 @@ def open_style(source: Path, cache_folder: Path, model: str = "", device: str = 
         folder, quantization=recipe.quantization, device=where, dtype=pick_dtype(recipe.dtype, where)
     )
     views = find_scales(transformer)
-    prove_live(views)
     space = make_space(views, recipe)
     theta = theta_of(style, space, models.code_hash(transformer), where)
+    prove_live(views)
     return Styled(style, folder, transformer, space, theta, cache.Cache(cache_folder))
 
 

@@ -53,7 +53,7 @@ def plot(run: Run, path: Path | None = None) -> Path:
     size.set_yscale("log")
     size.set_title("Step size")
     for axes in (train, slope):
-        if journal:
+        if axes.get_legend_handles_labels()[0]:
             axes.legend(frameon=False)
     for axes in (held, train, slope, size):
         axes.set_xlabel("step")

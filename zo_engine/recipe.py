@@ -46,7 +46,7 @@ class Recipe:
     eps: float = setting(0.01, "size of the perturbation; relative, but for the absolute form", low=1e-8, high=1.0)
     clip: float = setting(0.0, "clip of the directional derivative; 0: the running quantile", low=0.0)
     clip_quantile: float = setting(0.98, "quantile of |d| that the clip follows", low=0.5, high=1.0)
-    optimizer: str = setting("momentum", "rule of the update", choices=("sgd", "momentum", "adam"))
+    optimizer: str = setting("sgd", "rule of the update", choices=("sgd", "momentum", "adam"))
     momentum: float = setting(0.9, "memory of the update's average", low=0.0, high=0.9999)
     step_size: float = setting(0.0, "step size; 0: found by the run itself", low=0.0)
     search_every: int = setting(10, "steps between two line searches for the step size", low=1)

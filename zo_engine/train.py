@@ -20,13 +20,13 @@ from torch import Tensor
 
 from zo_engine import cache, dataset, models, pictures, plots
 from zo_engine.journal import Step, short
-from zo_engine.probes import Space, along, central, evaluate
+from zo_engine.probes import Probes, Space, evaluate
 from zo_engine.recipe import Recipe
 from zo_engine.run import Run, write_atomic
 from zo_engine.scales import find_scales, prove_live
 from zo_engine.style import Style, journal_tensors, make_space, make_zo, save_style, theta_tensors
-from zo_engine.tasks.diffusion import SEARCH, Diffusion, Example, sample
-from zo_engine.zo import slopes, trapezoid
+from zo_engine.tasks.diffusion import SEARCH, TRAINING, Diffusion, Example, sample
+from zo_engine.zo import trapezoid
 
 PATIENCE = 20  # steps in a row without a finite loss, after which a run gives up
 
@@ -196,34 +196,16 @@ class Training:
     # One step
 
     def step(self) -> Step:
-        """Probe, estimate, move: from one batch to the next theta."""
-        zo, recipe, task = self.zo, self.recipe, self.studio.task
-        own = recipe.space == "gain"
-        z = zo.directions()
-        losses = self._losses(central(z, zo.eps, recipe.batch_size, own), task.batch(zo.step, recipe.batch_size))
-        found = [short(d) for d in slopes(losses, zo.eps, len(z)).tolist()]
-        mean = short(losses.double().mean().item())
-        if not all(math.isfinite(d) for d in found):
-            record = Step(zo.step, tuple(found), 0.0, 0.0, mean)
-            zo.skip()
-            return record
-        clip = short(zo.clip_level(found))
-        descent = zo.descend(z, found, clip)
-        search: tuple[float, ...] = ()
-        if zo.searches():
-            size = short(zo.first_size(zo.update.fresh))
-            fresh = task.batch(zo.step, recipe.batch_size, SEARCH)
-            three = self._losses(along(-zo.update.fresh, size, recipe.batch_size), fresh)
-            search = (size, *(short(loss) for loss in three.double().view(3, -1).mean(1).tolist()))
-        schedule = trapezoid(zo.step, recipe.steps, recipe.warmup, recipe.decay)
-        record = Step(zo.step, tuple(found), clip, short(zo.choose(search) * schedule), mean, search)
-        zo.move(descent, record)
-        return record
+        """From one batch to the next theta."""
+        recipe, task, step = self.recipe, self.studio.task, self.zo.step
 
-    def _losses(self, probes, batch) -> Tensor:
-        task = self.studio.task
-        rows = lambda index: task.losses(batch.take(index.to(batch.latents.device)))  # noqa: E731
-        return evaluate(self.studio.space, self.zo.theta, probes, rows, self.recipe.rows or None).cpu()
+        def losses(probes: Probes, fresh: bool) -> Tensor:
+            batch = task.batch(step, recipe.batch_size, SEARCH if fresh else TRAINING)
+            rows = lambda index: task.losses(batch.take(index.to(batch.latents.device)))  # noqa: E731
+            return evaluate(self.studio.space, self.zo.theta, probes, rows, recipe.rows or None).cpu()
+
+        schedule = trapezoid(step, recipe.steps, recipe.warmup, recipe.decay)
+        return self.zo.advance(losses, recipe.batch_size, recipe.space == "gain", schedule)
 
     # Once in a while
 
@@ -234,7 +216,7 @@ class Training:
             parts = [self.studio.task.losses(b) for batch in self.items for b in _pieces(batch, self.recipe.rows)]
         items = [short(x) for x in torch.cat(parts).tolist()]
         start = self.start or items
-        change = np.array(items) - np.array(start)
+        change = np.subtract(items, start) if np.isfinite(items + start).all() else np.full(len(items), np.nan)
         facts = {
             "step": self.zo.step,
             "loss": float(np.mean(items)),

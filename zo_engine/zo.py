@@ -15,12 +15,16 @@ device, with any chunking and any number of threads.
 
 import math
 from collections import deque
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from zo_engine.journal import Step
+from zo_engine.journal import Step, short
 from zo_engine.noise import Layout, directions
+from zo_engine.probes import Probes, along, central
+
+LEAP = 10  # times eps: what one step may move theta, root mean square, where the run finds its own step size
 
 
 def slopes(losses: Tensor, eps: float, directions: int) -> Tensor:
@@ -168,9 +172,40 @@ class ZO:
         due = self.search.value is None or self.search.due(self.step)
         return not self.fixed and due and bool(self.update.fresh.any())
 
-    def first_size(self, descent: Tensor) -> float:
-        """The size to start the search from: theta moves by eps, root mean square."""
-        return self.search.value or self.eps / max(descent.square().mean().sqrt().item(), 1e-30)
+    def advance(
+        self, losses: Callable[[Probes, bool], Tensor], batch: int, own: bool = True, schedule: float = 1.0
+    ) -> Step:
+        """One live step: probe, estimate, search where one is due, move. Returns its record for the journal.
+
+        losses(probes, fresh) gives one loss per row [R]: of this step's batch, or of a fresh one for the search.
+        own: every example has directions of its own (gain space). A loss that is not finite skips the step.
+        """
+        z = self.directions()
+        values = losses(central(z, self.eps, batch, own), False)
+        found = tuple(short(d) for d in slopes(values, self.eps, len(z)).tolist())
+        mean = short(values.double().mean().item())
+        skipped = Step(self.step, found, 0.0, 0.0, mean)
+        if skipped.skipped:
+            self.skip()
+            return skipped
+        clip = short(self.clip_level(list(found)))
+        descent = self.descend(z, list(found), clip)
+        search: tuple[float, ...] = ()
+        if self.searches():
+            fresh = self.update.fresh
+            size = short(min(self.search.value or self.reaching(1, fresh), self.reaching(LEAP, fresh)))
+            three = losses(along(-fresh, size, batch), True).double().view(3, -1).mean(1)
+            search = (size, *(short(loss) for loss in three.tolist()))
+        size = self.choose(search)
+        if not self.fixed:
+            size = min(size, self.reaching(LEAP, descent))
+        record = Step(self.step, found, clip, short(size * schedule), mean, search)
+        self.move(descent, record)
+        return record
+
+    def reaching(self, leap: float, descent: Tensor) -> float:
+        """The step size that moves theta by `leap` times eps, root mean square."""
+        return leap * self.eps / max(descent.square().mean().sqrt().item(), 1e-30)
 
     def choose(self, search: tuple[float, ...]) -> float:
         """The step size, before any schedule; `search` is this step's line search, or empty."""
