@@ -268,7 +268,7 @@ def opened(source: Path, runs_dir: Path, model: str, device: str, prompts: tuple
         "steps": recipe.preview_steps,
         "guidance": recipe.guidance,
     }
-    return styled, how, list(prompts or recipe.prompts or json.loads(styled.style.facts["prompts"]))
+    return styled, how, list(prompts) or json.loads(styled.style.facts["prompts"])
 
 
 @cli.command()
