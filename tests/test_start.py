@@ -339,7 +339,11 @@ def test_ctrl_c_waits_for_the_child_to_save(checkout, become):
             sys.exit(130)
         """,
     )
-    code = f"import start; raise SystemExit(start.hand_over(start.plan(['demo'])[1], become={become}))"
+    code = (
+        "import signal, start; "
+        "signal.signal(signal.SIGINT, signal.default_int_handler); "  # a suite run in the background ignores it
+        f"raise SystemExit(start.hand_over(start.plan(['demo'])[1], become={become}))"
+    )
     child = subprocess.Popen(
         [sys.executable, "-c", code],
         cwd=checkout, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,

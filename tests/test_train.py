@@ -112,7 +112,9 @@ def test_base_is_untouched(studio, tmp_path):
         assert "forward" not in view.module.__dict__
 
 
-@pytest.mark.parametrize("space, more", [("gain", {}), ("group", {"directions": 4}), ("gain", {"columns": True, "directions": 2})])
+@pytest.mark.parametrize(
+    "space, more", [("gain", {}), ("group", {"directions": 4}), ("gain", {"columns": True, "directions": 2})]
+)
 def test_the_loss_falls(studio, tmp_path, space, more):
     run = go(studio, tmp_path / "run", steps=60, evaluate_every=20, space=space, **more)
     evaluations = run.evaluations()

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from zo_engine.noise import Layout
-from zo_engine.scales import ScaleView
+from zo_engine.scales import ScaleError, ScaleView
 
 
 @dataclass(frozen=True)
@@ -128,7 +128,7 @@ class GainSpace(Space):
         self.views = {name: view for name, view in views.items() if view.rowwise}
         self.left_out = [name for name in views if name not in self.views]
         if not self.views:
-            raise ValueError("gain space needs layers whose groups do not straddle two rows; use group space here")
+            raise ScaleError("gain space needs layers whose groups do not straddle two rows; use group space here")
         shapes = {f"{name}.rows": (view.out_features,) for name, view in self.views.items()}
         if columns:
             shapes |= {f"{name}.columns": (view.groups,) for name, view in self.views.items() if view.groups > 1}

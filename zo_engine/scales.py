@@ -13,6 +13,10 @@ import torch
 from torch import Tensor, nn
 
 
+class ScaleError(ValueError):
+    """A model whose scales cannot be reached or moved; one sentence."""
+
+
 @dataclass(frozen=True)
 class Format:
     """Where one kind of layer keeps its scale: how to tell the layer, read the live tensor and put another in place."""
@@ -90,9 +94,9 @@ class ScaleView:
         self.block = format.block(module)
         self.base = format.get(module)
         if format.name in ("nf4", "fp4") and module.weight.quant_state.nested:
-            raise ValueError(f"{name}: scales are still double-quantised; load the model through zo_engine.models")
+            raise ScaleError(f"{name}: scales are still double-quantised; load the model through zo_engine.models")
         if self.base.numel() * self.block != self.out_features * self.in_features and self.rowwise:
-            raise ValueError(f"{name}: {self.base.numel()} scales do not cover {self.out_features} rows")
+            raise ScaleError(f"{name}: {self.base.numel()} scales do not cover {self.out_features} rows")
 
     @property
     def rowwise(self) -> bool:
@@ -133,7 +137,7 @@ class ScaleView:
 def find_scales(model: nn.Module, formats: tuple[str, ...] = ("nf4", "fp4", "int8")) -> dict[str, ScaleView]:
     """Every layer of `model` whose scale we know how to reach, by name, in the model's own order.
 
-    Raises ValueError when there is none, naming the kinds of layers that were seen.
+    Raises ScaleError when there is none, naming the kinds of layers that were seen.
     """
     table = [f for f in FORMATS if f.name in formats]
     views = {}
@@ -143,13 +147,13 @@ def find_scales(model: nn.Module, formats: tuple[str, ...] = ("nf4", "fp4", "int
             views[name] = ScaleView(name, module, found)
     if not views:
         seen = sorted({type(m).__name__ for m in model.modules() if getattr(m, "weight", None) is not None})
-        raise ValueError(f"no layer with scales of format {', '.join(formats)}; the layers here are {', '.join(seen)}")
+        raise ScaleError(f"no layer with scales of format {', '.join(formats)}; the layers here are {', '.join(seen)}")
     return views
 
 
 @torch.no_grad()
 def prove_live(views: dict[str, ScaleView]) -> None:
-    """Stop with ValueError if a kind of layer ignores its scale: some kernels cache a copy of it.
+    """Stop with ScaleError if a kind of layer ignores its scale: some kernels cache a copy of it.
 
     For one layer of each (class, format, rowwise): double the last scale, see the output change, put it back. The last,
     because bitsandbytes 0.50 reads wrong scales where groups straddle rows, on CPUs with AVX512: never the last ones.
@@ -171,7 +175,7 @@ def prove_live(views: dict[str, ScaleView]) -> None:
         finally:
             view.restore()
         if not changed:
-            raise ValueError(
+            raise ScaleError(
                 f"{view.name}: {kind.__module__}.{kind.__name__} ({format}) does not react to a changed scale; "
                 "its kernel keeps a copy, so it cannot be fine-tuned"
             )

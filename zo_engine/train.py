@@ -21,7 +21,7 @@ from torch import Tensor
 from zo_engine import cache, dataset, models, pictures, plots
 from zo_engine.journal import Step, short
 from zo_engine.probes import Probes, Space, evaluate
-from zo_engine.recipe import Recipe
+from zo_engine.recipe import Recipe, RecipeError
 from zo_engine.run import Run, write_atomic
 from zo_engine.scales import find_scales, prove_live
 from zo_engine.style import Style, journal_tensors, make_space, make_zo, save_style, theta_tensors
@@ -70,15 +70,15 @@ class Studio:
 
 
 def pick_device(device: str) -> torch.device:
-    """The device a recipe names; "auto" is CUDA if torch sees one. Raises ValueError for what is not there."""
+    """The device a recipe names; "auto" is CUDA if torch sees one. Raises RecipeError for what is not there."""
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         found = torch.device(device)
     except RuntimeError:
-        raise ValueError(f"device {device!r} is unknown; possible are auto, cpu, cuda and cuda:N") from None
+        raise RecipeError(f"device {device!r} is unknown; possible are auto, cpu, cuda and cuda:N") from None
     if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
-        raise ValueError(f"device {device!r} is not there: torch sees {torch.cuda.device_count()} CUDA devices here")
+        raise RecipeError(f"device {device!r} is not there: torch sees {torch.cuda.device_count()} CUDA devices here")
     return found
 
 
