@@ -209,6 +209,15 @@ def test_damaged_styles_are_refused(studio, tmp_path):
             load_style(tmp_path / name)
     with pytest.raises(StyleError, match="there is no style"):
         load_style(tmp_path / "nothing")
+    journal = load_style(run.journal_style_file)
+    for name, broken in (
+        ("no clip", {k: v for k, v in journal.tensors.items() if k != "clip"}),
+        ("short", journal.tensors | {"clip": journal.tensors["clip"][1:]}),
+        ("narrow", journal.tensors | {"slopes": journal.tensors["slopes"][:, 1:].contiguous()}),
+    ):
+        save_style(tmp_path / name, Style("journal", broken, journal.recipe, journal.base, journal.facts))
+        with pytest.raises(StyleError, match="journal is damaged"):
+            open_style(tmp_path / name, tmp_path / "cache")
     style = load_style(run.style_file)
     lost = dict(list(style.tensors.items())[1:])
     save_style(tmp_path / "lost", Style(style.form, lost, style.recipe, style.base, style.facts))

@@ -151,7 +151,9 @@ def finish(state: str, run: Run, as_json: bool) -> None:
         for title, path in (("previews", run.previews), ("plot", run.plot_file), ("style", run.style_file)):
             click.echo(f"{title:10} {path}")
     if state == "stopped":
-        click.echo(f"stopped and saved; continue with: qzo resume {run.path}", err=True)
+        click.echo(
+            f"stopped and saved; continue with: qzo resume {run.path}  (or: python start.py resume ...)", err=True
+        )
         sys.exit(INTERRUPTED)
 
 

@@ -83,7 +83,14 @@ def journal_tensors(journal: list[Step]) -> dict[str, Tensor]:
 
 
 def journal_steps(tensors: dict[str, Tensor]) -> list[Step]:
-    """The records that `journal_tensors` packed."""
+    """The records that `journal_tensors` packed. Raises StyleError where parts are missing or of unequal length."""
+    wanted = {"slopes": 2, "clip": 1, "step_size": 1, "search": 2}
+    if {name: t.ndim for name, t in tensors.items()} != wanted or {len(t) for t in tensors.values()} != {
+        len(tensors["slopes"]) or -1
+    }:
+        raise StyleError(
+            "the style's journal is damaged: slopes, clip, step_size and search must be there, a row a step"
+        )
     slopes = tensors["slopes"].numpy().astype(np.float32)
     return [
         Step(i, tuple(short(d) for d in row), clip, size, float("nan"), tuple(search) if search[0] == search[0] else ())
@@ -138,7 +145,10 @@ def theta_of(style: Style, space: Space, code_hash: str, device: torch.device | 
         )
     if style.form == "journal":
         zo = make_zo(space, style.recipe, device)
-        for record in journal_steps(style.tensors):
+        records = journal_steps(style.tensors)
+        if len(records[0].slopes) != zo.per_step:
+            raise StyleError(f"the style's journal is damaged: {zo.per_step} slopes a step were expected")
+        for record in records:
             zo.apply(record)
         return zo.theta
     wrong = {n for n, shape in space.layout.shapes.items() if n not in style.tensors or style.tensors[n].shape != shape}
