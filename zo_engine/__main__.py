@@ -30,6 +30,10 @@ strength_option = click.option(
     "--strength", default=1.0, show_default=True, help="0 is the base, 1 the style, up to 1.5."
 )
 json_option = click.option("--json", "as_json", is_flag=True, help="Machine-readable output.")
+prompts_option = click.option(
+    "--prompt", "prompts", multiple=True, help="What to draw; repeatable.  [default: the run's prompts]"
+)
+seed_option = click.option("--seed", type=int, default=None, help="Seed of the first picture.")
 source_argument = click.argument("source", type=click.Path(exists=True, path_type=Path))
 
 
@@ -178,8 +182,8 @@ def demo(runs_dir: Path, out: Path | None, steps: int | None) -> None:
 
 @cli.command()
 @click.argument("run", type=click.Path(path_type=Path))
-@click.option("--prompt", "prompts", multiple=True, help="What to draw; repeatable.  [default: the run's prompts]")
-@click.option("--seed", type=int, default=None, help="Seed of the first picture.")
+@prompts_option
+@seed_option
 @strength_option
 @out_option
 @device_option
@@ -204,8 +208,8 @@ def preview(
 
 @cli.command()
 @source_argument
-@click.option("--prompt", "prompts", multiple=True, help="What to draw; repeatable.  [default: the run's prompts]")
-@click.option("--seed", type=int, default=None, help="Seed of the first picture.")
+@prompts_option
+@seed_option
 @strength_option
 @model_option
 @out_option
@@ -232,7 +236,7 @@ def compare(
 @cli.command()
 @source_argument
 @click.argument("prompt")
-@click.option("--seed", type=int, default=None, help="Seed of the picture.")
+@seed_option
 @strength_option
 @model_option
 @out_option

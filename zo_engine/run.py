@@ -152,12 +152,11 @@ class Run:
 
     def trim(self, step: int) -> None:
         """Cut torn ends, and evaluations made after `step`, so that a resumed run goes on from whole lines."""
-        for file, keep in ((self.journal_file, step), (self.evaluations_file, None)):
+        # record n makes step n + 1 of theta; an evaluation is of theta after that many steps
+        for file, last in ((self.journal_file, step - 1), (self.evaluations_file, step)):
             if file.exists():
-                lines = self._lines(file)
-                if keep is None:
-                    lines = [line for line in lines if json.loads(line)["step"] <= step]
-                write_atomic(file, "".join(f"{line}\n" for line in lines[:keep]))
+                kept = [line for line in self._lines(file) if json.loads(line)["step"] <= last]
+                write_atomic(file, "".join(f"{line}\n" for line in kept))
 
     def _lines(self, file: Path) -> list[str]:
         if not file.exists():
