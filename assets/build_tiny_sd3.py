@@ -1,11 +1,12 @@
 """Makes the embedded default model: a complete, small Stable Diffusion 3 pipeline, trained on pictures drawn here.
 
-    python assets/build_tiny_sd3.py --minutes 35 --seed 0 --out assets/models/tiny-sd3
+    python assets/build_tiny_sd3.py --minutes 60 --seed 0 --out assets/models/tiny-sd3
 
 Stages, each kept under --work and not repeated: a pool of pictures (draw.py, captions.py), the autoencoder, its latents
 of the pool, the transformer with its text encoders, trained together by rectified flow as SD3 is, and the decoder once
 more, for the same latents. The learning rate follows the elapsed share of the time given, so that a run always ends
-annealed on any machine.
+annealed on any machine; the time is that of the processor, so that a run may be suspended. --start-from goes on from
+the weights of an earlier result instead of random ones.
 """
 
 from __future__ import annotations
@@ -35,8 +36,13 @@ CAPTIONS = 4  # drawn for each picture of the pool
 
 
 def autocast():
-    """bfloat16 arithmetic where the processor or the GPU has it; weights stay in float32."""
-    return torch.autocast("cuda" if torch.cuda.is_available() else "cpu", torch.bfloat16)
+    """bfloat16 arithmetic where the processor has it (elsewhere it is three times slower); weights stay in float32."""
+    return torch.autocast("cpu", torch.bfloat16, enabled=torch.cpu.get_capabilities().get("avx512_bf16", False))
+
+
+def clock() -> float:
+    """Seconds that each thread has worked: stands still while the process is suspended."""
+    return time.process_time() / torch.get_num_threads()
 
 
 def write(tensors: dict[str, torch.Tensor], path: Path) -> None:
@@ -65,9 +71,10 @@ def abstract(size: tuple[int, int], rng: np.random.Generator) -> Image.Image:
         ramp = Image.linear_gradient("L").rotate(90 * int(rng.integers(4))).resize((w, h))
         picture.paste(Image.new("RGB", (w, h), colour()), mask=ramp)
     few = [colour() for _ in range(int(rng.integers(1, 5)))]
-    for _ in range(int(rng.integers(2, 12))):
-        c, kind, x, y, r = few[rng.integers(len(few))], rng.integers(5), *at(), float(rng.uniform(8, 90))
-        width = int(rng.integers(3, 14))
+    thin, thick = (2, 6) if rng.random() < 0.4 else (3, 14)  # a quarter of a pixel each: engraving or brush
+    for _ in range(int(rng.integers(2, 20))):
+        c, kind, x, y, r = few[rng.integers(len(few))], rng.integers(7), *at(), float(rng.uniform(8, 90))
+        width = int(rng.integers(thin, thick))
         if kind == 0:
             draw.polygon([at() for _ in range(3)], fill=c)
         elif kind == 1:
@@ -76,12 +83,23 @@ def abstract(size: tuple[int, int], rng: np.random.Generator) -> Image.Image:
             draw.ellipse([x - r, y - r, x + r, y + r], outline=c, width=width)
         elif kind == 3:
             draw.ellipse([x - r, y - r, x + r, y + r], fill=c)
-        else:
+        elif kind == 4:
             draw.rectangle([x, y, x + r, y + r], fill=c if rng.random() < 0.5 else None, outline=c, width=width)
+        elif kind == 5:  # rays
+            count, inner = int(rng.integers(5, 17)), r * float(rng.uniform(0, 0.6))
+            for a in np.linspace(0, 2 * math.pi, count, endpoint=False):
+                draw.line([x + inner * math.cos(a), y + inner * math.sin(a), x + r * math.cos(a), y + r * math.sin(a)],
+                          fill=c, width=width)
+        else:  # hatching
+            dx, dy = float(rng.uniform(-40, 40)), float(rng.uniform(-40, 40))
+            pitch = width * float(rng.uniform(2, 4))
+            for k in range(int(rng.integers(3, 12))):
+                draw.line([x + k * pitch, y, x + k * pitch + dx, y + dy + r], fill=c, width=width)
     margin = 0.0
-    for _ in range(int(rng.integers(0, 4))):
-        margin, width = margin + float(rng.uniform(2, 16)), int(rng.integers(3, 14))
-        draw.rectangle([margin, margin, w - 1 - margin, h - 1 - margin], outline=colour(), width=width)
+    for _ in range(int(rng.integers(0, 5))):
+        margin, width = margin + float(rng.uniform(2, 16)), int(rng.integers(thin, thick))
+        draw.rectangle([margin, margin, w - 1 - margin, h - 1 - margin], outline=few[0] if rng.random() < 0.5
+                       else colour(), width=width)
         margin += width
     return picture.reduce(4)
 
@@ -142,14 +160,14 @@ def reconstruction_loss(made: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
 
 
 def train_vae(vae: AutoencoderKL, pools: list[np.ndarray], minutes: float, batch: int, seed: int, log,
-              lr=2e-3) -> AutoencoderKL:
+              lr=1e-3) -> AutoencoderKL:
     """pools: uint8 pictures [n, h, w, 3], one array per shape; visited in turn. The weights returned are averaged."""
     generator = torch.Generator().manual_seed(seed)
     vae = vae.to(memory_format=torch.channels_last).train().requires_grad_(True)
     average = copy.deepcopy(vae)
-    optimiser = torch.optim.AdamW(vae.parameters(), lr=lr, betas=(0.9, 0.99), weight_decay=1e-3)
-    start, step, smooth = time.monotonic(), 0, 0.0
-    while (done := (time.monotonic() - start) / (60 * minutes)) < 1:
+    optimiser = torch.optim.AdamW(vae.parameters(), lr=lr, betas=(0.9, 0.99), weight_decay=1e-3, fused=True)
+    start, step, smooth = clock(), 0, 0.0
+    while (done := (clock() - start) / (60 * minutes)) < 1:
         pool = pools[step % len(pools)]
         real = to_tensor(pool[torch.randint(len(pool), (batch,), generator=generator).numpy()])
         for group in optimiser.param_groups:
@@ -164,14 +182,12 @@ def train_vae(vae: AutoencoderKL, pools: list[np.ndarray], minutes: float, batch
         loss.backward()
         torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
         optimiser.step()
-        with torch.no_grad():
-            rate = min(0.995, (step + 1) / (step + 10))
-            torch._foreach_lerp_(list(average.parameters()), list(vae.parameters()), 1 - rate)
-        smooth = loss.item() if step == 0 else 0.98 * smooth + 0.02 * loss.item()
+        update_average(average, vae, step, 0.998)
+        smooth = loss.item() if step == 0 else 0.99 * smooth + 0.01 * loss.item()
         step += 1
-        if step % 50 == 0:
+        if step % 200 == 0:
             log(f"vae step {step} {100 * done:.0f} % loss {smooth:.4f} kl {divergence.item():.2f} "
-                f"psnr {psnr(made.detach(), real):.1f} dB {batch * step / (time.monotonic() - start):.1f} pictures/s")
+                f"psnr {psnr(made.detach(), real):.1f} dB {batch * step / (clock() - start):.1f} pictures/s")
     return average.eval().requires_grad_(False)
 
 
@@ -191,8 +207,8 @@ def train_decoder(vae: AutoencoderKL, data: list[tuple[torch.Tensor, np.ndarray]
     parameters = [p.requires_grad_(True) for p in vae.decoder.parameters()]
     average = copy.deepcopy(vae.decoder)
     optimiser = torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.99), weight_decay=1e-3, fused=True)
-    start, step, smooth = time.monotonic(), 0, 0.0
-    while (done := (time.monotonic() - start) / (60 * minutes)) < 1:
+    start, step, smooth = clock(), 0, 0.0
+    while (done := (clock() - start) / (60 * minutes)) < 1:
         latents, pixels = data[step % len(data)]
         rows = torch.randint(len(latents), (batch,), generator=generator)
         z, real = latents[rows], to_tensor(pixels[rows.numpy()])
@@ -212,7 +228,7 @@ def train_decoder(vae: AutoencoderKL, data: list[tuple[torch.Tensor, np.ndarray]
         step += 1
         if step % 200 == 0:
             log(f"decoder step {step} {100 * done:.0f} % loss {smooth:.4f} "
-                f"{batch * step / (time.monotonic() - start):.1f} pictures/s")
+                f"{batch * step / (clock() - start):.1f} pictures/s")
     vae.decoder.load_state_dict(average.state_dict())
     return vae.eval().requires_grad_(False)
 
@@ -220,8 +236,8 @@ def train_decoder(vae: AutoencoderKL, data: list[tuple[torch.Tensor, np.ndarray]
 def pool_stage(work: Path, seed: int, count: int, processes: int, log) -> dict[str, tuple]:
     """The pictures as files in `work`: two kinds in two shapes; drawn once."""
     pools = {}
-    for kind, share in (("subjects-square", 1.0), ("subjects-portrait", 1.0), ("abstract-square", 0.2),
-                        ("abstract-portrait", 0.2)):
+    for kind, share in (("subjects-square", 1.0), ("subjects-portrait", 1.0), ("abstract-square", 0.4),
+                        ("abstract-portrait", 0.4)):
         path = work / f"{kind}.safetensors"
         if not path.exists():
             began = time.monotonic()
@@ -234,14 +250,15 @@ def pool_stage(work: Path, seed: int, count: int, processes: int, log) -> dict[s
     return pools
 
 
-def vae_stage(work: Path, pools: dict[str, tuple], minutes: float, seed: int, log) -> AutoencoderKL:
+def vae_stage(work: Path, pools: dict[str, tuple], first: Path | None, minutes: float, seed: int,
+              log) -> AutoencoderKL:
     """The trained autoencoder, with the shift and scale that make its latents mean 0, standard deviation 1."""
     path = work / "vae.safetensors"
     vae = make_vae().eval().requires_grad_(False)
     if not path.exists():
-        took = [np.concatenate([pools[f"subjects-{s}"][0][: 3 * len(pools[f"abstract-{s}"][0])],
-                                pools[f"abstract-{s}"][0]]) for s in ("square", "portrait")]
-        trained = train_vae(make_vae(), took, minutes, 16, seed, log)
+        took = [np.concatenate([pools[f"subjects-{s}"][0], pools[f"abstract-{s}"][0]]) for s in ("square", "portrait")]
+        new = make_vae() if first is None else AutoencoderKL.from_pretrained(first / "vae", torch_dtype=torch.float32)
+        trained = train_vae(new, took, minutes, 4, seed, log)
         write(trained.state_dict(), path)
     vae.load_state_dict(load_file(path))
     with torch.no_grad():
@@ -316,6 +333,12 @@ class TinySD3(torch.nn.Module):
         with torch.no_grad():  # words should differ from the first step on: the layers after them read no norm
             for encoder in (self.text_encoder, self.text_encoder_2):
                 encoder.get_input_embeddings().weight.normal_(std=0.4)
+
+    def load_folder(self, folder: Path) -> None:
+        """The weights of a pipeline folder of the same shapes and tokenizers."""
+        parts = StableDiffusion3Pipeline.from_pretrained(folder, vae=None, torch_dtype=torch.float32).components
+        for name, module in self.named_children():
+            module.load_state_dict(parts[name].state_dict())
 
     def encode(self, clip_ids: torch.Tensor, t5_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """ids [b, 16] -> (prompt embedding [b, 32, 128], pooled [b, 128])."""
@@ -419,9 +442,9 @@ def train_flow(model: TinySD3, data: list[dict], empty, minutes: float, batch: i
         save(average)
 
     generator = torch.Generator().manual_seed(seed + step)
-    start = saved = time.monotonic()
+    start = saved = clock()
     recent = []
-    while (seconds := before + time.monotonic() - start) < 60 * minutes:
+    while (seconds := before + clock() - start) < 60 * minutes:
         done = seconds / (60 * minutes)
         for group in optimiser.param_groups:  # warm-up, then a cosine to a hundredth
             group["lr"] = lr * min(1, (step + 1) / 150) * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * done)))
@@ -438,9 +461,9 @@ def train_flow(model: TinySD3, data: list[dict], empty, minutes: float, batch: i
             log(f"step {step}  {100 * done:.1f} %  loss {losses[-1][2]:.4f}  "
                 f"{batch * 50 / (seconds - (losses[-2][1] if len(losses) > 1 else 0)):.0f} pictures/s")
             recent = []
-        if time.monotonic() - saved > save_every:
+        if clock() - saved > save_every:
             keep(seconds)
-            saved = time.monotonic()
+            saved = clock()
             log(f"saved at step {step}")
     keep(seconds)
     return average
@@ -541,14 +564,15 @@ def make_grid(folder: Path, seed=0) -> Image.Image:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--minutes", type=float, default=35, help="for the transformer; all else takes about 30 more")
-    parser.add_argument("--vae-minutes", type=float, default=17)
+    parser.add_argument("--minutes", type=float, default=60, help="for the transformer; all else takes about 30 more")
+    parser.add_argument("--vae-minutes", type=float, default=25)
     parser.add_argument("--decoder-minutes", type=float, default=10)
     parser.add_argument("--pictures", type=int, default=14_000, help="drawn for each of the two shapes")
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--work", type=Path, default=Path(".build"), help="what the stages leave for one another")
+    parser.add_argument("--start-from", type=Path, metavar="FOLDER", help="an earlier result to go on from")
     parser.add_argument("--out", type=Path, default=Path("assets/models/tiny-sd3"))
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -565,10 +589,12 @@ def main() -> None:
         torch.manual_seed(args.seed)  # noqa: TID251
         clip_tokenizer, t5_tokenizer = make_clip_tokenizer(), make_t5_tokenizer()
         pools = pool_stage(args.work, args.seed, args.pictures, args.threads, log)
-        vae = vae_stage(args.work, pools, args.vae_minutes, args.seed, log)
+        vae = vae_stage(args.work, pools, args.start_from, args.vae_minutes, args.seed, log)
         log(f"vae: shift {vae.config.shift_factor}, scale {vae.config.scaling_factor}")
         data = latents_stage(args.work, vae, pools, clip_tokenizer, t5_tokenizer, log)
         model = TinySD3(clip_tokenizer, t5_tokenizer)
+        if args.start_from:
+            model.load_folder(args.start_from)
         empty = [k([""], padding="max_length", max_length=TOKENS, return_tensors="pt").input_ids
                  for k in (clip_tokenizer, t5_tokenizer)]
 

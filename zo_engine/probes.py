@@ -14,12 +14,13 @@ also after an exception. Base scales are never written.
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from zo_engine.blocks import Prefix
 from zo_engine.noise import Layout
 from zo_engine.scales import ScaleError, ScaleView
 
@@ -233,16 +234,23 @@ def _runs(probes: Probes) -> list[tuple[int, int, int, float]]:
 
 @torch.no_grad()
 def evaluate(
-    space: Space, theta: Tensor, probes: Probes, loss: Callable[[Tensor], Tensor], chunk: int | None = None
+    space: Space,
+    theta: Tensor,
+    probes: Probes,
+    loss: Callable[[Tensor], Tensor],
+    chunk: int | None = None,
+    prefix: Prefix | None = None,
 ) -> Tensor:
     """One loss per row of the stacked batch, fp32 or wider, [R].
 
     loss(sample) gets the example index of every row [r] and returns r losses of the dressed model. `chunk` bounds
-    the rows of one forward pass: the result does not depend on it beyond the rounding of differently shaped matmuls.
+    the rows of one forward pass, and `prefix` runs the blocks that no probe reaches once an example: the result depends
+    on neither beyond the rounding of differently shaped matmuls.
     """
     losses = []
+    output = prefix.run(loss, torch.arange(int(probes.sample.max()) + 1), chunk) if prefix else None
     for rows in torch.arange(len(probes.sign)).split(chunk or len(probes.sign)):
         part = probes.rows(rows)
-        with space.dressed(theta, part):
+        with space.dressed(theta, part), prefix.replayed(output, part.sample) if prefix else nullcontext():
             losses.append(loss(part.sample))
     return torch.cat(losses)

@@ -40,8 +40,9 @@ class Recipe:
     # The method
     space: str = setting("gain", "what moves: gains per row, one scale per group, or the published absolute form",
                          choices=("gain", "group", "absolute"))  # fmt: skip
+    depth: float = setting(0.34, "share of the blocks that is tuned, from the output; 1: every layer", low=0.01, high=1)
     columns: bool = setting(False, "gain space: one gain per group of inputs as well")
-    directions: int = setting(1, "directions per picture (gain space) or per step (group space)", low=1)
+    directions: int = setting(0, "directions per picture (else per step); 0: at the price of two forwards", low=0)
     noise: str = setting("rademacher", "kind of direction", choices=("rademacher", "gaussian"))
     eps: float = setting(0.01, "size of the perturbation; relative, but for the absolute form", low=1e-8, high=1.0)
     clip: float = setting(0.0, "clip of the directional derivative; 0: the running quantile", low=0.0)

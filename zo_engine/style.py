@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from zo_engine.blocks import tuned
 from zo_engine.journal import Step, short
 from zo_engine.probes import GainSpace, GroupSpace, Space
 from zo_engine.recipe import Recipe, RecipeError, make
@@ -40,7 +41,8 @@ class Style:
 
 
 def make_space(views: dict[str, ScaleView], recipe: Recipe) -> Space:
-    """The space that a recipe names, over a model's scales."""
+    """The space that a recipe names, over the scales of the layers that it tunes."""
+    views, _, _ = tuned(views, recipe.depth)
     if recipe.space == "gain":
         return GainSpace(views, columns=recipe.columns)
     return GroupSpace(views, relative=recipe.space == "group")
@@ -49,10 +51,11 @@ def make_space(views: dict[str, ScaleView], recipe: Recipe) -> Space:
 def make_zo(space: Space, recipe: Recipe, device: torch.device | str = "cpu") -> ZO:
     """The method that a recipe describes, at step 0."""
     own = recipe.space == "gain"
+    directions = recipe.directions or (round(1 / recipe.depth) if own else 1)
     return ZO(
         space.layout,
         seed=recipe.seed,
-        per_step=recipe.directions * (recipe.batch_size if own else 1),
+        per_step=directions * (recipe.batch_size if own else 1),
         kind=recipe.noise,
         eps=recipe.eps,
         clip=recipe.clip,

@@ -1,5 +1,6 @@
 """The one loop: every step nudges the scales along random directions and writes a line in the journal."""
 
+import dataclasses
 import json
 import math
 import os
@@ -19,11 +20,12 @@ from safetensors.torch import save
 from torch import Tensor
 
 from zo_engine import cache, dataset, models, pictures, plots
+from zo_engine.blocks import Prefix, tuned
 from zo_engine.journal import Step, short
 from zo_engine.probes import Probes, Space, evaluate
 from zo_engine.recipe import Recipe, RecipeError
 from zo_engine.run import Run, write_atomic
-from zo_engine.scales import find_scales, prove_live
+from zo_engine.scales import ScaleView, find_scales, prove_live
 from zo_engine.style import Style, journal_tensors, make_space, make_zo, save_style, theta_tensors
 from zo_engine.tasks.diffusion import SEARCH, TRAINING, Diffusion, Example, sample
 from zo_engine.zo import trapezoid
@@ -44,6 +46,7 @@ class Studio:
     code_hash: str
     transformer: torch.nn.Module
     space: Space
+    prefix: Prefix | None
     task: Diffusion
     prompts: list[str]
     text: dict[str, tuple[Tensor, Tensor]]
@@ -51,6 +54,12 @@ class Studio:
     pictures: int
     held_out: int
     notes: list[str]
+
+    def changed(self, **settings) -> "Studio":
+        """The same model and pictures under other settings of the method."""
+        recipe, views = dataclasses.replace(self.recipe, **settings), find_scales(self.transformer)
+        space, prefix = make_space(views, recipe), make_prefix(self.transformer, views, recipe)
+        return dataclasses.replace(self, recipe=recipe, space=space, prefix=prefix)
 
     def sample(self, prompts: list[str] | None = None, steps: int = 0, seeds: list[int] | None = None) -> list:
         """Pictures of the model as its scales stand now. One seed a prompt, following on from the recipe's."""
@@ -124,7 +133,7 @@ def prepare(recipe: Recipe, cache_folder: Path, say: Callable[[str], None] = lam
     transformer = models.load_transformer(folder, quantization=recipe.quantization, device=device, dtype=dtype)
     views = find_scales(transformer)
     prove_live(views)
-    space = make_space(views, recipe)
+    space, prefix = make_space(views, recipe), make_prefix(transformer, views, recipe)
     if space.left_out:
         notes.append(f"{len(space.left_out)} layers stay frozen: their groups straddle rows ({space.left_out[0]}, ...)")
     if not held_out:
@@ -152,6 +161,7 @@ def prepare(recipe: Recipe, cache_folder: Path, say: Callable[[str], None] = lam
         code_hash=models.code_hash(transformer),
         transformer=transformer,
         space=space,
+        prefix=prefix,
         task=task,
         prompts=prompts,
         text=text,
@@ -160,6 +170,12 @@ def prepare(recipe: Recipe, cache_folder: Path, say: Callable[[str], None] = lam
         held_out=len(held_out),
         notes=notes,
     )
+
+
+def make_prefix(transformer: torch.nn.Module, views: dict[str, ScaleView], recipe: Recipe) -> Prefix | None:
+    """The blocks that the recipe leaves as they are, where there are any before the tuned ones."""
+    _, blocks, first = tuned(views, recipe.depth)
+    return Prefix(transformer, blocks, first) if first else None
 
 
 def preview_prompts(train: list[str], held_out: list[str]) -> list[str]:
@@ -202,7 +218,8 @@ class Training:
         def losses(probes: Probes, fresh: bool) -> Tensor:
             batch = task.batch(step, recipe.batch_size, SEARCH if fresh else TRAINING)
             rows = lambda index: task.losses(batch.take(index.to(batch.latents.device)))  # noqa: E731
-            return evaluate(self.studio.space, self.zo.theta, probes, rows, recipe.rows or None).cpu()
+            chunk = recipe.rows or None
+            return evaluate(self.studio.space, self.zo.theta, probes, rows, chunk, self.studio.prefix).cpu()
 
         schedule = trapezoid(step, recipe.steps, recipe.warmup, recipe.decay)
         return self.zo.advance(losses, recipe.batch_size, recipe.space == "gain", schedule)

@@ -1,0 +1,102 @@
+"""Blocks: which layers a depth tunes, and the prefix that runs once for all probes of a batch."""
+
+import pytest
+import torch
+from test_probes import BATCH, SPACES, assert_unchanged, probes_of, sd3_loss, some_theta, state
+from torch import nn
+
+from zo_engine.blocks import Prefix, tuned
+from zo_engine.probes import evaluate
+from zo_engine.scales import find_scales
+
+LLAMA = [f"model.layers.{i}.{layer}" for i in range(4) for layer in ("self_attn.q_proj", "mlp.experts.0.down_proj")]
+
+
+def suffix(model, space):
+    """The space over the second of the tiny transformer's two blocks, and the prefix before it."""
+    views, blocks, first = tuned(find_scales(model), 0.5)
+    return SPACES[space](views), Prefix(model, blocks, first)
+
+
+def test_the_last_blocks_and_what_follows_them_are_tuned(transformer):
+    views = find_scales(transformer("nf4"))
+    kept, blocks, first = tuned(views, 0.5)
+    assert (blocks, first) == ("transformer_blocks", 1)
+    assert kept.keys() == {n for n in views if n.startswith(("transformer_blocks.1.", "norm_out.", "proj_out"))}
+    assert all(kept[name] is views[name] for name in kept)
+
+
+@pytest.mark.parametrize(("depth", "first"), [(0.01, 3), (0.34, 3), (0.5, 2), (0.75, 1), (0.99, 0)])
+def test_a_depth_is_a_share_of_the_blocks_and_at_least_one(depth, first):
+    views = dict.fromkeys(["model.embed", *LLAMA, "lm_head"])
+    expected = [*LLAMA[2 * first :], "lm_head"]
+    kept, blocks, found = tuned(views, depth)
+    assert (list(kept), blocks, found) == (expected, "model.layers", first)
+
+
+@pytest.mark.parametrize(("names", "depth"), [(["model.embed", *LLAMA], 1.0), (["up", "down.inner"], 0.1)])
+def test_all_layers_are_tuned_at_depth_one_and_where_there_are_no_blocks(names, depth):
+    views = dict.fromkeys(names)
+    assert tuned(views, depth) == (views, "", 0)
+
+
+@pytest.mark.parametrize("format", ["nf4", "int8"])
+@pytest.mark.parametrize("space", SPACES)
+def test_a_prefix_changes_nothing_but_the_work(transformer, space, format):
+    model = transformer(format)
+    space, prefix = suffix(model, space)
+    theta, probes = some_theta(space), probes_of(space)
+    rows = []
+    hooks = [
+        block.attn.register_forward_hook(lambda m, args, kwargs, out: rows.append(len(out[0])), with_kwargs=True)
+        for block in model.transformer_blocks
+    ]
+    expected = evaluate(space, theta, probes, sd3_loss(model))
+    assert rows == [len(probes.sign)] * 2
+    for chunk in (None, 2, 5):
+        rows.clear()
+        found = evaluate(space, theta, probes, sd3_loss(model), chunk, prefix)
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=0)
+        assert sum(rows) == BATCH + len(probes.sign)  # the first block sees every example once
+    for hook in hooks:
+        hook.remove()
+    assert not torch.equal(expected[:BATCH], expected[BATCH:])
+
+
+def test_a_prefix_leaves_nothing_behind_also_after_an_exception(transformer):
+    model = transformer("nf4")
+    space, prefix = suffix(model, "rows")
+    before, loss = state(model), sd3_loss(model)
+    theta, probes = some_theta(space), probes_of(space)
+    evaluate(space, theta, probes, loss, None, prefix)
+    assert_unchanged(model, before)
+
+    def broken(sample):
+        loss(sample)
+        raise KeyError("inside")
+
+    with pytest.raises(KeyError, match="inside"):
+        evaluate(space, theta, probes, broken, None, prefix)
+    assert_unchanged(model, before)
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+def test_a_prefix_replays_outputs_of_any_form():
+    class Block(nn.Module):
+        def forward(self, x, memory=None):
+            return x + 1, (memory, None)
+
+    model = nn.Module()
+    model.blocks = nn.ModuleList([Block(), Block()])
+    x, memory = torch.arange(4.0), torch.arange(4.0) * 10
+
+    def loss(sample):
+        (y, (seen, none)) = model.blocks[0](x[sample], memory[sample])
+        assert none is None
+        return y + seen
+
+    prefix, index = Prefix(model, "blocks", 1), torch.tensor([3, 0, 3])
+    for chunk in (None, 3):
+        output = prefix.run(loss, torch.arange(4), chunk)
+        with prefix.replayed(output, index):
+            assert torch.equal(loss(index), (x + 1 + memory)[index])
