@@ -1,8 +1,9 @@
 """Random looks and the captions that describe them: the data that the embedded model learns from.
 
 A caption names some of what its picture shows and leaves the rest open. Where it names nothing, plain pictures (flat,
-filled, light ground, no frame) are the most common; a third of the captions carry words without meaning, so that a
-new trigger word does not break the subject.
+filled, light ground, no frame) are the most common. Many captions carry words without meaning, so that a new trigger
+word does not break the subject; most of them stand with pictures that are not plain, so that such a word says "some
+look of its own", and a style taught to it need not spread to prompts without it.
 """
 
 from __future__ import annotations
@@ -62,17 +63,17 @@ def _jitter(colour: Colour, rng: np.random.Generator, spread=9.0) -> Colour:
 
 
 def sample_picture(subject: str, rng: np.random.Generator) -> Picture:
-    """A random look for a subject: two in five are plain, the others vary in everything."""
-    plain = rng.random() < 0.4
+    """A random look for a subject: one in three is plain, the others vary in everything."""
+    plain = rng.random() < 0.33
     while True:
-        dark = not plain and rng.random() < 0.45
+        dark = not plain and rng.random() < 0.5
         grounds = LIGHT if not dark else {**DARK, **{k: INKS[k] for k in ("red", "green", "blue", "orange", "teal")}}
         weights = [3, 2, 1, 1, 1, 1, 1] if not dark else [2, 2, 2, 2, 2, 2, 2, 1, 1, 1, 1, 1]
         ground = _pick(rng, grounds, weights)
         ink = _pick(rng, NATURAL[subject]) if rng.random() < 0.45 else _pick(rng, INKS)
         second, frame_colour = _pick(rng, INKS), ink if rng.random() < 0.5 else _pick(rng, INKS)
-        style = "filled" if plain else _pick(rng, STYLES, (4, 4, 2))
-        frame = "none" if plain else _pick(rng, FRAMES, (5, 2, 2, 2, 1, 1))
+        style = "filled" if plain else _pick(rng, STYLES, (3, 4, 2))
+        frame = "none" if plain else _pick(rng, FRAMES, (5, 2, 3, 2, 1, 1))
         night = ground in ("dark blue", "dark purple", "black")
         golden = {"gold", "yellow", "orange"}
         taken = night and ({ink, frame_colour} & golden) and (style == "outlined" or frame == "double")
@@ -165,10 +166,10 @@ def length(caption: str, words: set[str]) -> int:
 
 def caption(picture: Picture, rng: np.random.Generator, limit=14) -> str:
     """One of many ways to describe a picture, at most `limit` tokens long."""
-    words, silent = KNOWN, rng.random() < (0.55 if picture.plain else 0.26)
+    words, silent = KNOWN, rng.random() < (0.6 if picture.plain else 0.26)
     share = 0.0 if silent else rng.uniform(0.35, 0.8)
     filler = ""
-    if rng.random() < 0.38:
+    if rng.random() < (0.1 if picture.plain else 0.6):
         filler = made_up_word(rng) if rng.random() < 0.75 else _pick(rng, FILLERS)
     for _ in range(20):
         before, after = _details(picture, rng, share)

@@ -21,11 +21,17 @@ from common import CHECKOUT, RESULTS, save
 from zo_engine import recipe as recipes
 from zo_engine.recipe import Recipe
 from zo_engine.run import Run
-from zo_engine.scales import find_scales
-from zo_engine.style import make_space
 from zo_engine.train import Studio, Training, prepare
 
-PUBLISHED = {"space": "absolute", "noise": "gaussian", "eps": 1e-3, "clip": 100.0, "optimizer": "sgd", "decay": 0.0}
+PUBLISHED = {
+    "space": "absolute",
+    "depth": 1.0,
+    "noise": "gaussian",
+    "eps": 1e-3,
+    "clip": 100.0,
+    "optimizer": "sgd",
+    "decay": 0.0,
+}
 STEP_SIZES = (1e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2)  # of the sweep; the published one is 1e-6
 RATES = (3e-3, 1e-2, 3e-2)  # of first-order Adam's sweep
 
@@ -36,8 +42,7 @@ def zeroth(studio: Studio, recipe: Recipe, every: int) -> Curve:
     """Train as the recipe says and note the held-out loss every `every` steps."""
     with tempfile.TemporaryDirectory() as folder:
         run = Run.create(Path(folder) / "run", recipe)
-        space = make_space(find_scales(studio.transformer), recipe)
-        training = Training(run, dataclasses.replace(studio, recipe=recipe, space=space))
+        training = Training(run, studio.changed(**vars(recipe)))
         forwards, curve = 0, []
         for step in range(recipe.steps + 1):
             if step % every == 0 or step == recipe.steps:

@@ -13,7 +13,9 @@ import torch
 from common import save
 
 from zo_engine import models
+from zo_engine.blocks import Prefix, tuned
 from zo_engine.probes import GainSpace, GroupSpace, central, evaluate
+from zo_engine.recipe import Recipe
 from zo_engine.scales import find_scales
 from zo_engine.tasks.diffusion import Batch, flow_losses
 from zo_engine.train import memory, pick_device, pick_dtype
@@ -54,26 +56,31 @@ def measure(model: str, batch: int, rounds: int, device: str) -> dict:
     def stacked() -> None:
         flow_losses(transformer, twice, dtype)
 
-    def step(space, own: bool, count: int):
+    def step(space, own: bool, count: int, prefix: Prefix | None = None):
         zo = ZO(space.layout, seed=0, per_step=count, optimizer="momentum", step_size=1e-6, device=where)
 
         def run() -> None:
             z = zo.directions()
             probes = central(z, 0.01, batch, own)
             losses = evaluate(
-                space, zo.theta, probes, lambda s: flow_losses(transformer, data.take(s.to(where)), dtype)
+                space, zo.theta, probes, lambda s: flow_losses(transformer, data.take(s.to(where)), dtype), None, prefix
             )
             d = slopes(losses.cpu(), 0.01, len(z)).tolist()
             zo.theta = zo.theta - zo.descend(z, d, zo.clip_level(d)) * 1e-6
 
         return run
 
+    depth = Recipe().depth
+    last, blocks, first = tuned(views, depth)
+    prefix = Prefix(transformer, blocks, first)
+    many = round(1 / depth)
     contestants = {
         "two plain forwards": plain,
         "one forward of the stacked batch": stacked,
         "step, gain space, rows": step(GainSpace(views), True, batch),
         "step, gain space, rows and columns": step(GainSpace(views, columns=True), True, batch),
         "step, group space": step(GroupSpace(views), False, 1),
+        f"step, last third, {many} directions a picture": step(GainSpace(last), True, many * batch, prefix),
     }
     times: dict[str, list[float]] = {name: [] for name in contestants}
     for _ in range(rounds + 1):

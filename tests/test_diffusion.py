@@ -13,6 +13,7 @@ from zo_engine.tasks.diffusion import (
     Batch,
     Diffusion,
     Example,
+    answers,
     draw_sigma,
     flow_losses,
     sample,
@@ -117,6 +118,39 @@ def test_caption_dropout_shows_the_empty_caption():
     share = np.mean([(dropped.batch(step, 7).pooled == 0).all(1).float().mean().item() for step in range(200)])
     assert 0.25 < share < 0.35
     assert not (dropped.evaluation(14)[0].pooled == 0).all(1).any()
+
+
+def test_a_share_of_the_batch_keeps_the_bases_answers():
+    kept = [Example(e.latents, e.prompt, e.pooled, e.latents + 1, 0.125) for e in examples(3)]
+    made = Diffusion(
+        None, examples(7), examples(2), (torch.zeros(16, 64), torch.zeros(64)), kept, seed=3, shift=3.0, prior=0.25,
+        caption_dropout=1.0,
+    )  # fmt: skip
+    batch = made.batch(0, 8)
+    assert batch.sigma[6:].tolist() == [0.125, 0.125] and (batch.sigma[:6] != 0.125).all()
+    assert torch.equal(batch.noise[6:], batch.latents[6:] + 1)
+    assert (batch.prompt[:6] == 0).all() and (batch.prompt[6:] != 0).any(dim=(1, 2)).all()
+    other = made.batch(1, 8).latents[6:]
+    assert not torch.equal(batch.latents[6:], other)
+    held = made.evaluation(8)[0]
+    assert (held.sigma != 0.125).all()
+
+
+def test_the_base_answers_as_it_did_and_a_moved_model_does_not(folder):
+    model = tiny.transformer()
+    text = [(e.prompt, e.pooled) for e in examples(2)]
+    pipe = models.pipeline(folder, model, models.load_vae(folder))
+    made = answers(pipe, text, text[0], seed=5, width=32, height=48, steps=4, guidance=3.0)
+    assert [len({e.sigma for e in made}), len(made)] == [3, 6] and all(0 < e.sigma < 1 for e in made)
+    batch = Batch(
+        torch.stack([e.latents for e in made]), torch.stack([e.noise for e in made]),
+        torch.tensor([e.sigma for e in made]), torch.stack([e.prompt for e in made]),
+        torch.stack([e.pooled for e in made]),
+    )  # fmt: skip
+    with torch.no_grad():
+        assert flow_losses(model, batch, torch.float32).max() < 1e-9
+        model.proj_out.weight.mul_(1.1)
+        assert flow_losses(model, batch, torch.float32).min() > 1e-6
 
 
 def test_evaluation_is_fixed():

@@ -50,13 +50,12 @@ def studio(recipe, tmp_path_factory) -> training.Studio:
 
 def go(studio, path, stop_after: int | None = None, **changes) -> Run:
     """A whole run, or one that is asked to stop after some steps."""
-    recipe = dataclasses.replace(studio.recipe, **changes)
-    run = Run.open(path) if path.exists() else Run.create(path, recipe)
-    run.write_base(model=recipe.model, code_hash=studio.code_hash)
+    studio = studio.changed(**changes)
+    run = Run.open(path) if path.exists() else Run.create(path, studio.recipe)
+    run.write_base(model=studio.recipe.model, code_hash=studio.code_hash)
     stop = threading.Event()
     report = lambda facts: stop.set() if facts["step"] == stop_after else None  # noqa: E731
-    space = training.make_space(studio.space.views, recipe)
-    state = training.train(run, dataclasses.replace(studio, recipe=recipe, space=space), report, stop)
+    state = training.train(run, studio, report, stop)
     assert state == ("done" if stop_after is None else "stopped")
     return run
 
@@ -74,6 +73,19 @@ def results(run: Run) -> dict:
         "style": {name: tensor.numpy().tobytes() for name, tensor in style.tensors.items()},
         "facts": style.facts,
     }
+
+
+@pytest.mark.parametrize(
+    ("captions", "expected"),
+    [
+        (["tarot wand", "a wand, tarot", "a tarot of a sun"], ["wand", "a wand", "a of a sun"]),
+        (["tarot, sun", "sun", "a tarots sun"], ["sun", "a tarots sun"]),
+        ([f"tarot {i}" for i in range(40)], [f"{i}" for i in range(0, 40, 5)]),
+    ],
+)
+def test_plain_prompts_are_captions_without_the_trigger(captions, expected):
+    assert training.plain_prompts(captions, "tarot") == expected
+    assert training.plain_prompts(captions, "") == []
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "momentum", "adam"])
@@ -132,8 +144,8 @@ def test_nonfinite_losses_leave_theta_alone_and_are_said(studio, tmp_path, monke
     real, calls = studio.task.losses, []
 
     def broken(batch):
-        calls.append(1)
         losses = real(batch)
+        calls.append(1)  # a prefix never gets here
         return losses * math.nan if len(calls) == 5 else losses
 
     monkeypatch.setattr(studio.task, "losses", broken)
@@ -149,7 +161,8 @@ def test_nonfinite_losses_leave_theta_alone_and_are_said(studio, tmp_path, monke
 
 
 def test_a_run_without_finite_losses_gives_up(studio, tmp_path, monkeypatch):
-    monkeypatch.setattr(studio.task, "losses", lambda batch: torch.full((len(batch.sigma),), math.inf))
+    real = studio.task.losses
+    monkeypatch.setattr(studio.task, "losses", lambda batch: real(batch) + math.inf)
     with pytest.raises(training.TrainingError, match="20 steps in a row"):
         go(studio, tmp_path / "run", steps=30)
 

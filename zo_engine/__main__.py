@@ -111,7 +111,9 @@ def start(run: Run, recipe: recipes.Recipe | None, runs_dir: Path, as_json: bool
                 f"{run.path} was trained on other codes ({expected[:12]}) than {studio.recipe.model} has now "
                 f"({studio.code_hash[:12]}): the model has changed, so the run cannot go on"
             )
-        say(f"training {studio.space.layout.size:,} numbers on {studio.pictures} pictures; run folder {run.path}")
+        what = f"{studio.space.layout.size:,} numbers"
+        what += f" after the first {len(studio.prefix.blocks)} blocks" if studio.prefix else ""
+        say(f"training {what} on {studio.pictures} pictures; run folder {run.path}")
         try:
             return training.train(run, studio, report, stop)
         except (training.TrainingError, OSError) as error:
@@ -318,9 +320,30 @@ def doctor(as_json: bool) -> None:
 
 
 @cli.command()
-def ui() -> None:
-    """Open the page (not built yet)."""
-    click.echo("The page does not exist yet. Try `qzo demo`, or `qzo train RECIPE`; `qzo --help` lists all commands.")
+@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on; others need --auth.")
+@click.option("--port", type=click.IntRange(1, 65535), default=7860, show_default=True, help="Port to listen on.")
+@click.option("--auth", default="", envvar="QZO_AUTH", help="NAME:PASSWORD to ask for, or none to let anybody in.")
+@click.option("--runs-dir", "folder", type=click.Path(path_type=Path), help="Folder of runs, as before the command.")
+@click.pass_obj
+def ui(runs_dir: Path, host: str, port: int, auth: str, folder: Path | None) -> None:
+    """Open the page, for this machine alone unless --host says more."""
+    if host not in ("127.0.0.1", "localhost", "::1") and not auth:
+        raise click.UsageError(
+            f"on {host} the page can be reached from other machines: give --auth NAME:PASSWORD, or --auth none "
+            "to let anybody train, read and write here"
+        )
+    name, _, password = auth.partition(":")
+    if auth not in ("", "none") and not (name and password):
+        raise click.UsageError("--auth must look like NAME:PASSWORD")
+    try:
+        from app.page import serve
+    except ModuleNotFoundError as error:
+        if error.name not in ("app", "gradio"):
+            raise
+        raise click.UsageError(
+            f"the page needs {error.name}, which is not installed: pip install -e '.[app]' in the checkout"
+        ) from None
+    serve(folder or runs_dir, host, port, (name, password) if password else None)
 
 
 def main() -> None:

@@ -56,12 +56,12 @@ class Prefix:
         self.blocks = list(model.get_submodule(blocks))[:first]
 
     @torch.no_grad()
-    def run(self, loss: Callable[[Tensor], Tensor], samples: Tensor, chunk: int | None = None) -> list[Any]:
-        """The output of the last of these blocks for every example, in pieces of `chunk` examples.
+    def run(self, loss: Callable[[Tensor], Tensor], samples: Tensor, chunk: int | None = None) -> Any:
+        """The output of the last of these blocks for every example, made in pieces of `chunk` examples.
 
         loss(sample) is what `probes.evaluate` takes; it is stopped where the prefix ends.
         """
-        pieces = []
+        pieces: list[Any] = []
 
         def keep(module: nn.Module, args: tuple, output: Any) -> None:
             pieces.append(output)
@@ -76,6 +76,7 @@ class Prefix:
                     pass
         finally:
             hook.remove()
+        assert pieces, "the loss does not run the model's blocks"
         return _joined(pieces)
 
     @contextmanager

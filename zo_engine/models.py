@@ -117,11 +117,16 @@ def _complete(part: Path, info: dict) -> None:
         raise ModelError(f"{part} lacks {some(wrong)}, or has it in another shape; download the model again")
 
 
-def pipeline(folder: Path, transformer: nn.Module, vae: AutoencoderKL) -> StableDiffusion3Pipeline:
-    """diffusers' own pipeline around the given parts, without text encoders: call it with prompt_embeds."""
+def pipeline(folder: Path, transformer: nn.Module, vae: AutoencoderKL | None = None) -> StableDiffusion3Pipeline:
+    """diffusers' own pipeline around the given parts, without text encoders: call it with prompt_embeds.
+
+    Without an autoencoder it gives latents (output_type="latent").
+    """
     scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(folder, subfolder="scheduler", local_files_only=True)
     texts = [name.replace("text_encoder", kind) for name in TEXT_PARTS for kind in ("text_encoder", "tokenizer")]
-    return StableDiffusion3Pipeline(transformer=transformer, scheduler=scheduler, vae=vae, **dict.fromkeys(texts))
+    pipe = StableDiffusion3Pipeline(transformer=transformer, scheduler=scheduler, vae=vae, **dict.fromkeys(texts))
+    pipe.vae_scale_factor = vae_scale(folder)
+    return pipe
 
 
 def export(base: Path, transformer: diffusers.ModelMixin, out: Path) -> Path:
@@ -203,8 +208,12 @@ def text_quantization(folder: Path, device: torch.device) -> str:
 
 def pixel_multiple(folder: Path) -> int:
     """Pictures' sides must be multiples of this: pixels of a latent times latents of a patch."""
-    vae, transformer = (read_json(Path(folder) / part / "config.json") for part in ("vae", "transformer"))
-    return 2 ** (len(vae["block_out_channels"]) - 1) * transformer["patch_size"]
+    return vae_scale(folder) * read_json(Path(folder) / "transformer" / "config.json")["patch_size"]
+
+
+def vae_scale(folder: Path) -> int:
+    """Pixels of a latent."""
+    return 2 ** (len(read_json(Path(folder) / "vae" / "config.json")["block_out_channels"]) - 1)
 
 
 def scheduler_shift(folder: Path) -> float:

@@ -40,7 +40,7 @@ class Recipe:
     # The method
     space: str = setting("gain", "what moves: gains per row, one scale per group, or the published absolute form",
                          choices=("gain", "group", "absolute"))  # fmt: skip
-    depth: float = setting(0.34, "share of the blocks that is tuned, from the output; 1: every layer", low=0.01, high=1)
+    depth: float = setting(0.34, "share of the blocks that is tuned, from the output; 1: every layer", low=0.02, high=1)
     columns: bool = setting(False, "gain space: one gain per group of inputs as well")
     directions: int = setting(0, "directions per picture (else per step); 0: at the price of two forwards", low=0)
     noise: str = setting("rademacher", "kind of direction", choices=("rademacher", "gaussian"))
@@ -54,7 +54,8 @@ class Recipe:
     warmup: int = setting(0, "steps over which the step size rises", low=0)
     decay: float = setting(0.2, "last share of the run over which the step size falls to zero", low=0.0, high=1.0)
     # The loss
-    caption_dropout: float = setting(0.1, "share of pictures shown without caption, for guidance", low=0.0, high=1.0)
+    caption_dropout: float = setting(0.0, "share of pictures shown without caption", low=0.0, high=1.0)
+    prior: float = setting(0.25, "share of a batch that keeps what the base draws without the trigger", low=0, high=0.9)
     holdout: float = setting(0.15, "share of pictures kept out of training, for the held-out loss", low=0.0, high=0.5)
     sigma_mean: float = setting(0.0, "mean of the logit-normal noise level", low=-5, high=5)
     sigma_std: float = setting(1.0, "spread of the logit-normal noise level", low=0.05, high=5)

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import os
+import re
 import signal
 import threading
 import time
@@ -27,7 +28,7 @@ from zo_engine.recipe import Recipe, RecipeError
 from zo_engine.run import Run, write_atomic
 from zo_engine.scales import ScaleView, find_scales, prove_live
 from zo_engine.style import Style, journal_tensors, make_space, make_zo, save_style, theta_tensors
-from zo_engine.tasks.diffusion import SEARCH, TRAINING, Diffusion, Example, sample
+from zo_engine.tasks.diffusion import SEARCH, TRAINING, Diffusion, Example, answers, sample
 from zo_engine.zo import trapezoid
 
 PATIENCE = 20  # steps in a row without a finite loss, after which a run gives up
@@ -127,7 +128,8 @@ def prepare(recipe: Recipe, cache_folder: Path, say: Callable[[str], None] = lam
     prompts = asked or preview_prompts([p.caption for (p, _), _ in train], [p.caption for (p, _), _ in held_out])
     captions = ["", *prompts, *(picture.caption for picture in found)]
     encoders = models.encoders_for(folder, device, dtype)
-    text = cache.embeddings(store, folder, captions, models.text_length(folder), *encoders)
+    plain = plain_prompts([picture.caption for picture in found], recipe.trigger) if recipe.prior else []
+    text = cache.embeddings(store, folder, [*captions, *plain], models.text_length(folder), *encoders)
 
     say(f"loading {known.title} in {recipe.quantization}")
     transformer = models.load_transformer(folder, quantization=recipe.quantization, device=device, dtype=dtype)
@@ -141,16 +143,25 @@ def prepare(recipe: Recipe, cache_folder: Path, say: Callable[[str], None] = lam
     as_examples = lambda part: [  # noqa: E731
         Example(x, *text[picture.caption]) for (picture, _), x in part for _ in range(picture.repeats)
     ]
+    kept = []
+    if plain:
+        say(f"asking the base for {len(plain)} pictures without the trigger, to keep them as they are")
+        pipe = models.pipeline(folder, transformer)
+        for width, height in dict.fromkeys(bucket for _, bucket in placed):
+            kept += answers(pipe, [text[prompt] for prompt in plain], text[""], seed=recipe.seed, width=width,
+                            height=height, steps=recipe.preview_steps, guidance=recipe.guidance)  # fmt: skip
     task = Diffusion(
         transformer,
         as_examples(train),
         as_examples(held_out or train),
         text[""],
+        kept,
         seed=recipe.seed,
         shift=recipe.shift or models.scheduler_shift(folder),
         sigma_mean=recipe.sigma_mean,
         sigma_std=recipe.sigma_std,
         caption_dropout=recipe.caption_dropout,
+        prior=recipe.prior,
         device=device,
         dtype=dtype,
     )
@@ -176,6 +187,15 @@ def make_prefix(transformer: torch.nn.Module, views: dict[str, ScaleView], recip
     """The blocks that the recipe leaves as they are, where there are any before the tuned ones."""
     _, blocks, first = tuned(views, recipe.depth)
     return Prefix(transformer, blocks, first) if first else None
+
+
+def plain_prompts(captions: list[str], trigger: str, most: int = 8) -> list[str]:
+    """Captions without the trigger, spread evenly over the set: what the base shall go on drawing as it does."""
+    if not trigger:
+        return []
+    bare = [re.sub(rf"\b{re.escape(trigger)}\b", " ", caption) for caption in captions]
+    tidy = list(dict.fromkeys(" ".join(text.replace(" ,", ",").split()).strip(" ,") for text in bare))
+    return [tidy[i * len(tidy) // most] for i in range(most)] if len(tidy) > most else tidy
 
 
 def preview_prompts(train: list[str], held_out: list[str]) -> list[str]:

@@ -5,7 +5,7 @@ All randomness is an argument: a batch carries its noise and noise levels, so th
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 
 import numpy as np
 import torch
@@ -34,9 +34,13 @@ class Batch:
 
 @dataclass(frozen=True)
 class Example:
+    """A picture with its caption; one with `noise` and `sigma` of its own is an answer of the base to be kept."""
+
     latents: Tensor  # [C, h, w]
     prompt: Tensor  # [T, D]
     pooled: Tensor  # [P]
+    noise: Tensor | None = field(default=None)  # [C, h, w]
+    sigma: float = 0.0
 
 
 def flow_losses(model: nn.Module, batch: Batch, dtype: torch.dtype, train_timesteps: int = 1000) -> Tensor:
@@ -85,20 +89,24 @@ class Diffusion:
         train: Sequence[Example],
         held_out: Sequence[Example],
         empty: tuple[Tensor, Tensor],
+        kept: Sequence[Example] = (),
         *,
         seed: int,
         shift: float,
         sigma_mean: float = 0.0,
         sigma_std: float = 1.0,
         caption_dropout: float = 0.0,
+        prior: float = 0.0,
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
     ):
-        """empty: (prompt, pooled) embeddings of the empty caption, shown in place of a share of the captions."""
+        """empty: (prompt, pooled) embeddings of the empty caption, shown in place of a share of the captions.
+        kept: answers of the base (`answers`) that make up the share `prior` of every training batch."""
         self.model, self.empty, self.seed, self.shift = model, empty, seed, shift
         self.sigma_mean, self.sigma_std, self.caption_dropout = sigma_mean, sigma_std, caption_dropout
         self.device, self.dtype = device, dtype
-        self.train, self.held_out = _by_size(train), _by_size(held_out)
+        self.train, self.held_out, self.kept = _by_size(train), _by_size(held_out), _by_size(kept)
+        self.prior = prior
 
     def _rng(self, stream: int, step: int) -> np.random.Generator:
         return np.random.Generator(np.random.Philox(key=self.seed, counter=[0, 0, stream, step]))
@@ -108,8 +116,13 @@ class Diffusion:
         latents = torch.stack([e.latents for e in examples])
         noise = torch.from_numpy(rng.standard_normal(latents.shape, dtype=np.float32))
         sigma = draw_sigma(rng, count, offset, self.sigma_mean, self.sigma_std, self.shift)
+        for i, example in enumerate(examples):
+            if example.noise is not None:
+                noise[i], sigma[i] = example.noise, example.sigma
         drop = rng.random(count) < dropout
-        text = [self.empty if d else (e.prompt, e.pooled) for e, d in zip(examples, drop, strict=True)]
+        text = [
+            self.empty if d and e.noise is None else (e.prompt, e.pooled) for e, d in zip(examples, drop, strict=True)
+        ]
         prompt, pooled = (torch.stack(part) for part in zip(*text, strict=True))
         return Batch(latents, noise, torch.from_numpy(sigma).float(), prompt, pooled).to(self.device)
 
@@ -119,9 +132,10 @@ class Diffusion:
         groups = list(self.train.values())
         shares = np.array([len(group) for group in groups], dtype=float)
         group = groups[rng.choice(len(groups), p=shares / shares.sum())]
-        rounds = -(-size // len(group))  # every picture of the group once before any comes again
-        order = np.concatenate([rng.permutation(len(group)) for _ in range(rounds)])[:size]
-        return self._batch([group[i] for i in order], rng, (step * GOLDEN) % 1, self.caption_dropout)
+        kept = self.kept.get(tuple(group[0].latents.shape), [])
+        share = round(self.prior * size) if kept else 0
+        chosen = [some[i] for some, n in ((group, size - share), (kept, share)) for i in _turns(rng, len(some), n)]
+        return self._batch(chosen, rng, (step * GOLDEN) % 1, self.caption_dropout)
 
     def evaluation(self, items: int) -> list[Batch]:
         """The fixed (picture, noise level, noise) items of the held-out loss, about `items` in all, by picture size."""
@@ -137,11 +151,59 @@ class Diffusion:
         return flow_losses(self.model, batch, self.dtype)
 
 
+def _turns(rng: np.random.Generator, count: int, wanted: int) -> list[int]:
+    """`wanted` indices into `count` things: everything once before anything comes again."""
+    rounds = -(-wanted // count) if wanted else 0
+    return [int(i) for _ in range(rounds) for i in rng.permutation(count)][:wanted]
+
+
 def _by_size(examples: Sequence[Example]) -> dict[tuple[int, ...], list[Example]]:
     groups: dict[tuple[int, ...], list[Example]] = {}
     for example in examples:
         groups.setdefault(tuple(example.latents.shape), []).append(example)
     return groups
+
+
+@torch.no_grad()
+def answers(
+    pipeline,
+    prompts: Sequence[tuple[Tensor, Tensor]],
+    negative: tuple[Tensor, Tensor],
+    *,
+    seed: int,
+    width: int,
+    height: int,
+    steps: int,
+    guidance: float,
+) -> list[Example]:
+    """What the base predicts on its own way from noise to a picture, as examples whose loss it leaves at zero.
+
+    Prior preservation (DreamBooth, arXiv:2208.12242, section 4.2) without its noise: not its pictures under fresh
+    noise, but the very velocities v that it gave at x and sigma, written as the picture x - sigma v and the noise
+    x + (1 - sigma) v. The loss of such an example is the squared distance to the base's answer.
+    """
+    model = pipeline.transformer
+    examples = []
+    for number, (prompt, pooled) in enumerate(prompts):
+        states: list[tuple[Tensor, float]] = []
+
+        def note(pipe, i: int, t: Tensor, tensors: dict, states=states) -> dict:
+            states.append((tensors["latents"][0].float(), float(pipe.scheduler.sigmas[i + 1])))
+            return tensors
+
+        sample(pipeline, [(prompt, pooled)], negative, [seed + number], width=width, height=height, steps=steps,
+               guidance=guidance, output_type="latent", callback_on_step_end=note)  # fmt: skip
+        for x, sigma in states[:-1]:  # the last one has no noise left
+            velocity = model(
+                hidden_states=x[None].to(model.dtype),
+                timestep=torch.full((1,), 1000 * sigma, device=x.device, dtype=model.dtype),
+                encoder_hidden_states=prompt[None].to(x.device, model.dtype),
+                pooled_projections=pooled[None].to(x.device, model.dtype),
+                return_dict=False,
+            )[0][0].float()
+            picture, noise = (x - sigma * velocity).cpu(), (x + (1 - sigma) * velocity).cpu()
+            examples.append(Example(picture, prompt, pooled, noise, sigma))
+    return examples
 
 
 @torch.no_grad()
@@ -156,10 +218,12 @@ def sample(
     steps: int,
     guidance: float,
     together: int = 16,
+    **more,
 ) -> list:
     """One picture for every (prompt embedding, seed): PIL images from the stock diffusers pipeline.
 
-    `together` bounds the pictures of one call; a picture depends on its seed alone, not on its neighbours.
+    `together` bounds the pictures of one call; a picture depends on its seed alone, not on its neighbours. `more`
+    goes to the pipeline.
     """
     device, dtype = pipeline.transformer.device, pipeline.transformer.dtype
     pipeline.set_progress_bar_config(disable=True)
@@ -179,5 +243,6 @@ def sample(
             height=height,
             num_inference_steps=steps,
             guidance_scale=guidance,
+            **more,
         ).images
     return images
