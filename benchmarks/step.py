@@ -13,7 +13,7 @@ import torch
 from common import save
 
 from zo_engine import models
-from zo_engine.blocks import Prefix, tuned
+from zo_engine.blocks import Prefix, levels
 from zo_engine.probes import GainSpace, GroupSpace, central, evaluate
 from zo_engine.recipe import Recipe
 from zo_engine.scales import find_scales
@@ -70,17 +70,22 @@ def measure(model: str, batch: int, rounds: int, device: str) -> dict:
 
         return run
 
-    depth = Recipe().depth
-    last, blocks, first = tuned(views, depth)
-    prefix = Prefix(transformer, blocks, first)
-    many = round(1 / depth)
+    found = levels(views, Recipe().depth)
     contestants = {
         "two plain forwards": plain,
         "one forward of the stacked batch": stacked,
         "step, gain space, rows": step(GainSpace(views), True, batch),
         "step, gain space, rows and columns": step(GainSpace(views, columns=True), True, batch),
         "step, group space": step(GroupSpace(views), False, 1),
-        f"step, last third, {many} directions a picture": step(GainSpace(last), True, many * batch, prefix),
+        **{
+            f"step of level {i}, {level.directions()} directions a picture": step(
+                GainSpace({name: views[name] for name in level.layers}),
+                True,
+                level.directions() * batch,
+                Prefix(transformer, level),
+            )
+            for i, level in enumerate(found)
+        },
     }
     times: dict[str, list[float]] = {name: [] for name in contestants}
     for _ in range(rounds + 1):

@@ -5,39 +5,60 @@ import torch
 from test_probes import BATCH, SPACES, assert_unchanged, probes_of, sd3_loss, some_theta, state
 from torch import nn
 
-from zo_engine.blocks import Prefix, tuned
+from zo_engine.blocks import Level, Prefix, levels
 from zo_engine.probes import evaluate
 from zo_engine.scales import find_scales
 
-LLAMA = [f"model.layers.{i}.{layer}" for i in range(4) for layer in ("self_attn.q_proj", "mlp.experts.0.down_proj")]
+LLAMA = [f"model.layers.{i}.{layer}" for i in range(8) for layer in ("self_attn.q_proj", "mlp.experts.0.down_proj")]
 
 
 def suffix(model, space):
     """The space over the second of the tiny transformer's two blocks, and the prefix before it."""
-    views, blocks, first = tuned(find_scales(model), 0.5)
-    return SPACES[space](views), Prefix(model, blocks, first)
+    views = find_scales(model)
+    level = Level(tuple(n for n in views if n.startswith(("transformer_blocks.1.", "norm_out.", "proj_out"))),
+                  "transformer_blocks", 1, 0.5)  # fmt: skip
+    return SPACES[space]({name: views[name] for name in level.layers}), Prefix(model, level)
 
 
-def test_the_last_blocks_and_what_follows_them_are_tuned(transformer):
+def test_the_levels_of_sd3_are_its_output_layers_and_its_last_blocks(transformer):
     views = find_scales(transformer("nf4"))
-    kept, blocks, first = tuned(views, 0.5)
-    assert (blocks, first) == ("transformer_blocks", 1)
-    assert kept.keys() == {n for n in views if n.startswith(("transformer_blocks.1.", "norm_out.", "proj_out"))}
-    assert all(kept[name] is views[name] for name in kept)
+    output, block = levels(views, 0.5)
+    assert set(output.layers) == {"norm_out.linear", "proj_out"}
+    assert set(block.layers) == {name for name in views if name.startswith("transformer_blocks.1.")}
+    assert [(level.blocks, level.first, level.share) for level in (output, block)] == [
+        ("transformer_blocks", 2, 0.0), ("transformer_blocks", 1, 0.5)
+    ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("depth", "first"), [(0.01, 3), (0.34, 3), (0.5, 2), (0.75, 1), (0.99, 0)])
-def test_a_depth_is_a_share_of_the_blocks_and_at_least_one(depth, first):
-    views = dict.fromkeys(["model.embed", *LLAMA, "lm_head"])
-    expected = [*LLAMA[2 * first :], "lm_head"]
-    kept, blocks, found = tuned(views, depth)
-    assert (list(kept), blocks, found) == (expected, "model.layers", first)
+@pytest.mark.parametrize(
+    ("depth", "starts"),
+    [(0.01, [7]), (0.2, [7, 6]), (0.34, [7, 5]), (0.5, [6, 4]), (0.75, [5, 2]), (0.99, [4, 0])],
+)
+def test_a_depth_is_a_share_of_the_blocks_in_two_levels(depth, starts):
+    found = levels(["model.embed", *LLAMA, "lm_head"], depth)
+    assert found[0] == Level(("lm_head",), "model.layers", 8, 0.0)
+    assert [level.first for level in found[1:]] == starts
+    assert [level.share for level in found[1:]] == [1 - start / 8 for start in starts]
+    stops = [8, *starts]
+    assert [list(level.layers) for level in found[1:]] == [
+        LLAMA[2 * a : 2 * b] for a, b in zip(starts, stops, strict=False)
+    ]
+
+
+def test_directions_cost_two_forward_passes_and_have_a_limit():
+    assert [Level((), share=share).directions() for share in (1.0, 0.5, 1 / 3, 1 / 6, 0.01, 0.0)] == [
+        1,
+        2,
+        3,
+        6,
+        16,
+        16,
+    ]
 
 
 @pytest.mark.parametrize(("names", "depth"), [(["model.embed", *LLAMA], 1.0), (["up", "down.inner"], 0.1)])
-def test_all_layers_are_tuned_at_depth_one_and_where_there_are_no_blocks(names, depth):
-    views = dict.fromkeys(names)
-    assert tuned(views, depth) == (views, "", 0)
+def test_all_layers_are_one_level_at_depth_one_and_where_there_are_no_blocks(names, depth):
+    assert levels(names, depth) == [Level(tuple(names))]
 
 
 @pytest.mark.parametrize("format", ["nf4", "int8"])
@@ -95,7 +116,7 @@ def test_a_prefix_replays_outputs_of_any_form():
         assert none is None
         return y + seen
 
-    prefix, index = Prefix(model, "blocks", 1), torch.tensor([3, 0, 3])
+    prefix, index = Prefix(model, Level((), "blocks", 1, 0.5)), torch.tensor([3, 0, 3])
     for chunk in (None, 3):
         output = prefix.run(loss, torch.arange(4), chunk)
         with prefix.replayed(output, index):

@@ -67,7 +67,7 @@ def results(run: Run) -> dict:
     return {
         "journal": [r.to_json() for r in run.journal()],
         "evaluations": run.evaluations(),
-        "theta": last[0]["theta"].numpy().tobytes(),
+        "state": {name: tensor.numpy().tobytes() for name, tensor in last[0].items()},
         "scalars": last[1],
         "previews": {p.relative_to(run.path): p.read_bytes() for p in sorted(run.previews.rglob("*.png"))},
         "style": {name: tensor.numpy().tobytes() for name, tensor in style.tensors.items()},
@@ -113,7 +113,9 @@ def test_journal_alone_replays_to_theta(studio, tmp_path):
     zo = make_zo(studio.space, studio.recipe)
     for record in run.journal():
         zo.apply(record)
-    assert torch.equal(zo.theta, training._read_checkpoint(run.last_file)[0]["theta"])
+    kept = training._read_checkpoint(run.last_file)[0]
+    assert len(zo.levels) == 2 and zo.theta.any()
+    assert all(torch.equal(tensor, kept[name]) for name, tensor in zo.state()[0].items())
 
 
 def test_base_is_untouched(studio, tmp_path):
@@ -226,7 +228,8 @@ def test_damaged_styles_are_refused(studio, tmp_path):
     for name, broken in (
         ("no clip", {k: v for k, v in journal.tensors.items() if k != "clip"}),
         ("short", journal.tensors | {"clip": journal.tensors["clip"][1:]}),
-        ("narrow", journal.tensors | {"slopes": journal.tensors["slopes"][:, 1:].contiguous()}),
+        ("narrow", journal.tensors | {"slopes": journal.tensors["slopes"][1:].contiguous()}),
+        ("empty", {name: tensor[:0] for name, tensor in journal.tensors.items()}),
     ):
         save_style(tmp_path / name, Style("journal", broken, journal.recipe, journal.base, journal.facts))
         with pytest.raises(StyleError, match="journal is damaged"):

@@ -23,7 +23,7 @@ from zo_engine.noise import Layout, directions
 from zo_engine.probes import GainSpace, GroupSpace, Probes, central, evaluate
 from zo_engine.scales import find_scales
 from zo_engine.style import journal_steps, journal_tensors
-from zo_engine.zo import ZO, StepSize, quantile, slopes, trapezoid
+from zo_engine.zo import ZO, StepSize, Turns, quantile, slopes, trapezoid
 
 GOLDEN = Path(__file__).parent / "golden"
 OPTIMIZERS = ("sgd", "momentum", "adam")
@@ -318,7 +318,7 @@ def through_json(journal):
 
 
 def through_style(journal):
-    return journal_steps(journal_tensors(journal))
+    return journal_steps(journal_tensors(journal), [len(journal[0].slopes)])
 
 
 def assert_same_run(a, b):
@@ -650,3 +650,42 @@ def write_golden():
 
 if __name__ == "__main__":
     write_golden()
+
+
+def test_levels_take_turns_and_move_only_their_own_tensors():
+    layout = Layout({"in.rows": (5,), "out.rows": (3,)})
+
+    def fresh() -> Turns:
+        parts = [layout.part(["out"]), layout.part(["in"])]
+        return Turns(
+            layout,
+            [
+                ZO(p, seed=1, per_step=2, clip=1e6, step_size=0.1, turn=i, turns=2, eps=0.01)
+                for i, p in enumerate(parts)
+            ],
+        )
+
+    def losses(probes, fresh):
+        away = probes.z.double() @ 3.0 ** torch.arange(probes.z.shape[1]).double()
+        return away[probes.direction] * probes.sign
+
+    turns, journal, seen = fresh(), [], []
+    for step in range(6):
+        before = turns.theta
+        journal.append(turns.advance(losses, 2))
+        seen.append((turns.theta != before).tolist())
+        assert journal[-1].step == step == turns.step - 1
+    assert [[any(moved[:5]), any(moved[5:])] for moved in seen] == [[False, True], [True, False]] * 3
+    again = fresh()
+    for record in journal[:4]:
+        again.apply(record)
+    tensors, scalars = again.state()
+    third = fresh()
+    third.restore(tensors, scalars, journal)
+    for record in journal[4:]:
+        again.apply(record)
+        third.apply(record)
+    assert torch.equal(again.theta, turns.theta) and torch.equal(third.theta, turns.theta)
+    assert [list(zo.recent) for zo in third.levels] == [list(zo.recent) for zo in turns.levels]
+    with pytest.raises(ValueError, match="jumps"):
+        third.apply(journal[0])

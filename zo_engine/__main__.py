@@ -112,7 +112,7 @@ def start(run: Run, recipe: recipes.Recipe | None, runs_dir: Path, as_json: bool
                 f"({studio.code_hash[:12]}): the model has changed, so the run cannot go on"
             )
         what = f"{studio.space.layout.size:,} numbers"
-        what += f" after the first {len(studio.prefix.blocks)} blocks" if studio.prefix else ""
+        what += f" after the first {first} blocks" if (first := studio.untouched) else ""
         say(f"training {what} on {studio.pictures} pictures; run folder {run.path}")
         try:
             return training.train(run, studio, report, stop)
@@ -336,14 +336,17 @@ def ui(runs_dir: Path, host: str, port: int, auth: str, folder: Path | None) -> 
     if auth not in ("", "none") and not (name and password):
         raise click.UsageError("--auth must look like NAME:PASSWORD")
     try:
-        from app.page import serve
+        from app.page import PageError, serve
     except ModuleNotFoundError as error:
         if error.name not in ("app", "gradio"):
             raise
         raise click.UsageError(
             f"the page needs {error.name}, which is not installed: pip install -e '.[app]' in the checkout"
         ) from None
-    serve(folder or runs_dir, host, port, (name, password) if password else None)
+    try:
+        serve(folder or runs_dir, host, port, (name, password) if password else None)
+    except PageError as error:
+        raise click.UsageError(str(error)) from None
 
 
 def main() -> None:

@@ -1,47 +1,60 @@
-"""A model as a list of blocks: the last of them are tuned, those before run once for all probes of a batch.
+"""A model as a list of blocks: the last of them are tuned, level by level; what lies before a level runs once.
 
-What a perturbation cannot reach need not be computed twice. With the scales of the last third of the blocks in motion,
-one pass through the first two thirds serves every probe, and a probe costs a third: three times the directions at the
-same price, and none of them stirred by layers that it does not measure.
+What a perturbation cannot reach need not be computed twice. With the scales of the last block in motion, one pass
+through those before it serves every probe, and a probe costs the last block alone: many directions at the price of two
+forward passes, none of them stirred by layers that it does not measure. Levels take turns, each with a step size of its
+own: the output layers' curvature is a hundred times that of the blocks.
 """
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from zo_engine.scales import ScaleView
-
+GROUPS = 2  # levels that the tuned blocks form, beside the layers that follow them
 BLOCK = re.compile(r"((?:[^.\d][^.]*\.)+)(\d+)\.")  # "transformer_blocks.4.attn.to_k": a list's name, and a number
 
 
-def _place(name: str) -> tuple[str, int] | None:
-    found = BLOCK.match(name)
-    return (found[1][:-1], int(found[2])) if found else None
+@dataclass(frozen=True)
+class Level:
+    """Layers that move together. A probe of them runs the blocks from `first` on: the share `share` of all blocks."""
+
+    layers: tuple[str, ...]
+    blocks: str = ""  # name of the model's list of blocks
+    first: int = 0
+    share: float = 1.0
+
+    def directions(self, most: int = 16) -> int:
+        """As many as cost about two forward passes of the whole model, `most` at most."""
+        return max(1, min(most, round(1 / self.share))) if self.share else most
 
 
-def tuned(views: dict[str, ScaleView], depth: float) -> tuple[dict[str, ScaleView], str, int]:
-    """(layers in the last share `depth` of the blocks and after them, the list of blocks, its first tuned block).
+def levels(layers: Iterable[str], depth: float) -> list[Level]:
+    """The levels of the last share `depth` of the blocks, from the output inwards: what follows the blocks, then they.
 
-    The blocks are the list of modules that holds most of the layers. With depth 1, or in a model without such a list,
-    every layer is tuned, those before the blocks too, and the first block is 0.
+    layers: names in the model's own order. The blocks are the list of modules that holds most of the layers. With depth
+    1, or in a model without such a list, all layers form one level, those before the blocks too.
     """
-    places = {name: _place(name) for name in views}
-    lists = Counter(place[0] for place in places.values() if place)
-    if depth >= 1 or not lists:
-        return views, "", 0
-    blocks = lists.most_common(1)[0][0]
-    count = 1 + max(place[1] for place in places.values() if place and place[0] == blocks)
-    first = count - max(1, round(depth * count))
-    names = list(views)  # in the model's own order: what comes after the first tuned block is tuned
-    start = names.index(
-        next(name for name in names if places[name] and places[name][0] == blocks and places[name][1] >= first)
-    )
-    return {name: views[name] for name in names[start:]}, blocks, first
+    names = list(layers)
+    places = {name: (found[1][:-1], int(found[2])) for name in names if (found := BLOCK.match(name))}
+    if depth >= 1 or not places:
+        return [Level(tuple(names))]
+    blocks = Counter(place for place, _ in places.values()).most_common(1)[0][0]
+    number = {name: i for name, (place, i) in places.items() if place == blocks}
+    count = max(number.values()) + 1
+    tuned = max(1, round(depth * count))
+    starts = sorted({count - tuned + round(i * tuned / GROUPS) for i in range(GROUPS)})
+    after = names[max(i for i, name in enumerate(names) if name in number) + 1 :]
+    made = [Level(tuple(after), blocks, count, 0.0)] if after else []
+    for start, stop in reversed(list(zip(starts, [*starts[1:], count], strict=True))):
+        inside = tuple(name for name in names if start <= number.get(name, -1) < stop)
+        made.append(Level(inside, blocks, start, 1 - start / count))
+    return [level for level in made if level.layers]
 
 
 class _Reached(Exception):
@@ -49,11 +62,10 @@ class _Reached(Exception):
 
 
 class Prefix:
-    """The blocks before the tuned ones, run once for the examples of a batch."""
+    """The blocks before a level, run once for the examples of a batch."""
 
-    def __init__(self, model: nn.Module, blocks: str, first: int):
-        """blocks: name of the model's list of blocks; first: the first one that is tuned, 1 or more."""
-        self.blocks = list(model.get_submodule(blocks))[:first]
+    def __init__(self, model: nn.Module, level: Level):
+        self.blocks = list(model.get_submodule(level.blocks))[: level.first]
 
     @torch.no_grad()
     def run(self, loss: Callable[[Tensor], Tensor], samples: Tensor, chunk: int | None = None) -> Any:

@@ -7,7 +7,7 @@ journal are enough to rebuild every direction of a run. No global generator is r
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -56,6 +56,11 @@ class Layout:
             raise ValueError("two tensor names share one 32-bit hash; rename one of the layers")
         self._ids = ids
         self._counters: dict[tuple[int, torch.device], tuple[Tensor, Tensor, Tensor]] = {}
+
+    def part(self, layers: Iterable[str]) -> "Layout":
+        """The tensors of some layers ("a" has "a.rows", ...), in this layout's order."""
+        wanted = set(layers)
+        return Layout({name: shape for name, shape in self.shapes.items() if name.rpartition(".")[0] in wanted})
 
     def split(self, flat: Tensor) -> dict[str, Tensor]:
         """Views of `flat` [..., size] by name, each [..., *shape]."""

@@ -30,7 +30,7 @@ class Probes:
     """What each row of a stacked batch carries.
 
     z: [P, n] directions; eps: size of the perturbation; direction [R]: index into z; sign [R]: +1, -1 or 0.
-    sample [R]: which example of the batch the row evaluates.
+    sample [R]: which example of the batch the row evaluates. layout: the tensors that z moves, if not all of them.
     """
 
     z: Tensor
@@ -38,6 +38,7 @@ class Probes:
     direction: Tensor
     sign: Tensor
     sample: Tensor
+    layout: Layout | None = None
 
     def rows(self, index: Tensor) -> "Probes":
         """The same probes, for some rows only."""
@@ -72,6 +73,10 @@ class Space:
 
     layout: Layout
     views: dict[str, ScaleView]
+
+    def _split(self, probes: Probes | None) -> dict[str, Tensor]:
+        """The directions by tensor; a tensor that no probe moves is missing."""
+        return (probes.layout or self.layout).split(probes.z) if probes else {}
 
     def scales(self, theta: Tensor) -> Iterator[tuple[ScaleView, Tensor]]:
         """Every layer with the scale that theta gives it, one at a time."""
@@ -145,13 +150,13 @@ class GainSpace(Space):
 
     def _forwards(self, theta: Tensor, probes: Probes | None) -> Iterator[tuple[ScaleView, Callable]]:
         parts = self.layout.split(theta)
-        z = self.layout.split(probes.z) if probes else {}
+        z = self._split(probes)
         step = (probes.eps * probes.sign.to(theta.device, theta.dtype))[:, None] if probes else None
         direction = probes.direction.to(theta.device) if probes else None
 
         def gain(name: str) -> Tensor:
             """[R, k] gains of the stacked rows, made when the layer runs: memory of one layer, not of the model."""
-            if probes is None:
+            if name not in z:
                 return parts[name].exp()[None]
             return (z[name].index_select(0, direction) * step).add_(parts[name]).exp_()
 
@@ -199,8 +204,9 @@ class GroupSpace(Space):
 
     def _forwards(self, theta: Tensor, probes: Probes | None) -> Iterator[tuple[ScaleView, Callable]]:
         parts = self.layout.split(theta)
-        z = self.layout.split(probes.z) if probes else {}
-        runs = _runs(probes) if probes else [(0, None, 0, 0.0)]
+        z = self._split(probes)
+        still = [(0, None, 0, 0.0)]
+        runs = _runs(probes) if probes else still
 
         def dress(view: ScaleView, plain: Callable) -> Callable:
             name = f"{view.name}.groups"
@@ -209,7 +215,7 @@ class GroupSpace(Space):
                 if probes is not None:
                     _expect_rows(view, x, len(probes.sign))
                 outputs = []
-                for start, stop, direction, step in runs:
+                for start, stop, direction, step in runs if name in z else still:
                     moved = parts[name] + step * z[name][direction].to(theta.dtype) if step else parts[name]
                     view.put(self._scale(view, moved))
                     outputs.append(plain(x[start:stop]))
@@ -248,7 +254,9 @@ def evaluate(
     on neither beyond the rounding of differently shaped matmuls.
     """
     losses = []
-    output = prefix.run(loss, torch.arange(int(probes.sample.max()) + 1), chunk) if prefix else None
+    if prefix:
+        with space.dressed(theta):
+            output = prefix.run(loss, torch.arange(int(probes.sample.max()) + 1), chunk)
     for rows in torch.arange(len(probes.sign)).split(chunk or len(probes.sign)):
         part = probes.rows(rows)
         with space.dressed(theta, part), prefix.replayed(output, part.sample) if prefix else nullcontext():

@@ -6,6 +6,7 @@ style belongs to, by a hash of its quantised codes and scales, and how it was ma
 """
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,13 +16,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from zo_engine.blocks import tuned
+from zo_engine.blocks import levels
 from zo_engine.journal import Step, short
 from zo_engine.probes import GainSpace, GroupSpace, Space
 from zo_engine.recipe import Recipe, RecipeError, make
 from zo_engine.run import write_atomic
 from zo_engine.scales import ScaleView
-from zo_engine.zo import ZO
+from zo_engine.zo import ZO, Turns
 
 FORMAT = "qzo-style-1"
 STRENGTHS = (0.0, 1.5)
@@ -42,30 +43,37 @@ class Style:
 
 def make_space(views: dict[str, ScaleView], recipe: Recipe) -> Space:
     """The space that a recipe names, over the scales of the layers that it tunes."""
-    views, _, _ = tuned(views, recipe.depth)
+    tuned = {layer for level in levels(views, recipe.depth) for layer in level.layers}
+    views = {name: view for name, view in views.items() if name in tuned}
     if recipe.space == "gain":
         return GainSpace(views, columns=recipe.columns)
     return GroupSpace(views, relative=recipe.space == "group")
 
 
-def make_zo(space: Space, recipe: Recipe, device: torch.device | str = "cpu") -> ZO:
+def make_zo(space: Space, recipe: Recipe, device: torch.device | str = "cpu") -> Turns:
     """The method that a recipe describes, at step 0."""
-    own = recipe.space == "gain"
-    directions = recipe.directions or (round(1 / recipe.depth) if own else 1)
-    return ZO(
-        space.layout,
-        seed=recipe.seed,
-        per_step=directions * (recipe.batch_size if own else 1),
-        kind=recipe.noise,
-        eps=recipe.eps,
-        clip=recipe.clip,
-        clip_quantile=recipe.clip_quantile,
-        optimizer=recipe.optimizer,
-        momentum=recipe.momentum,
-        step_size=recipe.step_size,
-        search_every=recipe.search_every,
-        device=device,
-    )
+    found = levels(space.views, recipe.depth)
+    rows = recipe.batch_size if recipe.space == "gain" else 1
+    made = [
+        ZO(
+            space.layout.part(level.layers),
+            seed=recipe.seed,
+            per_step=(recipe.directions or level.directions()) * rows,
+            kind=recipe.noise,
+            eps=recipe.eps,
+            clip=recipe.clip,
+            clip_quantile=recipe.clip_quantile,
+            optimizer=recipe.optimizer,
+            momentum=recipe.momentum,
+            step_size=recipe.step_size,
+            search_every=recipe.search_every,
+            turn=turn,
+            turns=len(found),
+            device=device,
+        )
+        for turn, level in enumerate(found)
+    ]
+    return Turns(space.layout, made)
 
 
 def theta_tensors(space: Space, theta: Tensor) -> dict[str, Tensor]:
@@ -78,30 +86,30 @@ def journal_tensors(journal: list[Step]) -> dict[str, Tensor]:
         raise StyleError("the run has not made a step yet, so there is no style to save")
     none = (float("nan"),) * 4
     return {
-        "slopes": torch.tensor([r.slopes for r in journal], dtype=torch.float32),
+        "slopes": torch.tensor([d for r in journal for d in r.slopes], dtype=torch.float32),
         "clip": torch.tensor([r.clip for r in journal], dtype=torch.float64),
         "step_size": torch.tensor([r.step_size for r in journal], dtype=torch.float64),
         "search": torch.tensor([r.search or none for r in journal], dtype=torch.float64),
     }
 
 
-def journal_steps(tensors: dict[str, Tensor]) -> list[Step]:
-    """The records that `journal_tensors` packed. Raises StyleError where parts are missing or of unequal length."""
-    wanted = {"slopes": 2, "clip": 1, "step_size": 1, "search": 2}
-    if {name: t.ndim for name, t in tensors.items()} != wanted or {len(t) for t in tensors.values()} != {
-        len(tensors["slopes"]) or -1
-    }:
-        raise StyleError(
-            "the style's journal is damaged: slopes, clip, step_size and search must be there, a row a step"
-        )
-    slopes = tensors["slopes"].numpy().astype(np.float32)
+def journal_steps(tensors: dict[str, Tensor], per_step: Sequence[int]) -> list[Step]:
+    """The records that `journal_tensors` packed. Raises StyleError where parts are missing or of unequal length.
+
+    per_step: slopes in a step of each level, the levels taking turns.
+    """
+    wanted = {"slopes": 1, "clip": 1, "step_size": 1, "search": 2}
+    if {name: t.ndim for name, t in tensors.items()} != wanted:
+        raise StyleError("the style's journal is damaged: slopes, clip, step_size and search must be there")
+    steps = len(tensors["clip"])
+    counts = [per_step[i % len(per_step)] for i in range(steps)]
+    if {len(tensors["step_size"]), len(tensors["search"])} != {steps or -1} or len(tensors["slopes"]) != sum(counts):
+        raise StyleError(f"the style's journal is damaged: {sum(counts)} slopes in {steps} steps were expected")
+    rows = np.split(tensors["slopes"].numpy(), np.cumsum(counts)[:-1])
+    others = (tensors[name].tolist() for name in ("clip", "step_size", "search"))
     return [
         Step(i, tuple(short(d) for d in row), clip, size, float("nan"), tuple(search) if search[0] == search[0] else ())
-        for i, (row, clip, size, search) in enumerate(
-            zip(
-                slopes, tensors["clip"].tolist(), tensors["step_size"].tolist(), tensors["search"].tolist(), strict=True
-            )
-        )
+        for i, (row, clip, size, search) in enumerate(zip(rows, *others, strict=True))
     ]
 
 
@@ -148,10 +156,7 @@ def theta_of(style: Style, space: Space, code_hash: str, device: torch.device | 
         )
     if style.form == "journal":
         zo = make_zo(space, style.recipe, device)
-        records = journal_steps(style.tensors)
-        if len(records[0].slopes) != zo.per_step:
-            raise StyleError(f"the style's journal is damaged: {zo.per_step} slopes a step were expected")
-        for record in records:
+        for record in journal_steps(style.tensors, [level.per_step for level in zo.levels]):
             zo.apply(record)
         return zo.theta
     wrong = {n for n, shape in space.layout.shapes.items() if n not in style.tensors or style.tensors[n].shape != shape}

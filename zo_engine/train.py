@@ -21,12 +21,12 @@ from safetensors.torch import save
 from torch import Tensor
 
 from zo_engine import cache, dataset, models, pictures, plots
-from zo_engine.blocks import Prefix, tuned
+from zo_engine.blocks import Prefix, levels
 from zo_engine.journal import Step, short
 from zo_engine.probes import Probes, Space, evaluate
 from zo_engine.recipe import Recipe, RecipeError
 from zo_engine.run import Run, write_atomic
-from zo_engine.scales import ScaleView, find_scales, prove_live
+from zo_engine.scales import find_scales, prove_live
 from zo_engine.style import Style, journal_tensors, make_space, make_zo, save_style, theta_tensors
 from zo_engine.tasks.diffusion import SEARCH, TRAINING, Diffusion, Example, answers, sample
 from zo_engine.zo import trapezoid
@@ -47,7 +47,6 @@ class Studio:
     code_hash: str
     transformer: torch.nn.Module
     space: Space
-    prefix: Prefix | None
     task: Diffusion
     prompts: list[str]
     text: dict[str, tuple[Tensor, Tensor]]
@@ -56,11 +55,15 @@ class Studio:
     held_out: int
     notes: list[str]
 
+    @property
+    def untouched(self) -> int:
+        """Blocks before the first tuned one."""
+        return levels(self.space.views, self.recipe.depth)[-1].first
+
     def changed(self, **settings) -> "Studio":
         """The same model and pictures under other settings of the method."""
         recipe, views = dataclasses.replace(self.recipe, **settings), find_scales(self.transformer)
-        space, prefix = make_space(views, recipe), make_prefix(self.transformer, views, recipe)
-        return dataclasses.replace(self, recipe=recipe, space=space, prefix=prefix)
+        return dataclasses.replace(self, recipe=recipe, space=make_space(views, recipe))
 
     def sample(self, prompts: list[str] | None = None, steps: int = 0, seeds: list[int] | None = None) -> list:
         """Pictures of the model as its scales stand now. One seed a prompt, following on from the recipe's."""
@@ -135,7 +138,7 @@ def prepare(recipe: Recipe, cache_folder: Path, say: Callable[[str], None] = lam
     transformer = models.load_transformer(folder, quantization=recipe.quantization, device=device, dtype=dtype)
     views = find_scales(transformer)
     prove_live(views)
-    space, prefix = make_space(views, recipe), make_prefix(transformer, views, recipe)
+    space = make_space(views, recipe)
     if space.left_out:
         notes.append(f"{len(space.left_out)} layers stay frozen: their groups straddle rows ({space.left_out[0]}, ...)")
     if not held_out:
@@ -172,7 +175,6 @@ def prepare(recipe: Recipe, cache_folder: Path, say: Callable[[str], None] = lam
         code_hash=models.code_hash(transformer),
         transformer=transformer,
         space=space,
-        prefix=prefix,
         task=task,
         prompts=prompts,
         text=text,
@@ -181,12 +183,6 @@ def prepare(recipe: Recipe, cache_folder: Path, say: Callable[[str], None] = lam
         held_out=len(held_out),
         notes=notes,
     )
-
-
-def make_prefix(transformer: torch.nn.Module, views: dict[str, ScaleView], recipe: Recipe) -> Prefix | None:
-    """The blocks that the recipe leaves as they are, where there are any before the tuned ones."""
-    _, blocks, first = tuned(views, recipe.depth)
-    return Prefix(transformer, blocks, first) if first else None
 
 
 def plain_prompts(captions: list[str], trigger: str, most: int = 8) -> list[str]:
@@ -209,6 +205,8 @@ class Training:
     def __init__(self, run: Run, studio: Studio):
         self.run, self.studio, self.recipe = run, studio, studio.recipe
         self.zo = make_zo(studio.space, self.recipe, studio.transformer.device)
+        self.levels = levels(studio.space.views, self.recipe.depth)
+        self.prefixes = [Prefix(studio.transformer, level) if level.first else None for level in self.levels]
         self.items = studio.task.evaluation(self.recipe.evaluate_items)
         self.best = (math.inf, 0)  # held-out loss and step
         self.start: list[float] = []  # held-out items before the first step
@@ -233,13 +231,14 @@ class Training:
 
     def step(self) -> Step:
         """From one batch to the next theta."""
-        recipe, task, step = self.recipe, self.studio.task, self.zo.step
+        recipe, task, step, theta = self.recipe, self.studio.task, self.zo.step, self.zo.theta
 
         def losses(probes: Probes, fresh: bool) -> Tensor:
             batch = task.batch(step, recipe.batch_size, SEARCH if fresh else TRAINING)
             rows = lambda index: task.losses(batch.take(index.to(batch.latents.device)))  # noqa: E731
-            chunk = recipe.rows or None
-            return evaluate(self.studio.space, self.zo.theta, probes, rows, chunk, self.studio.prefix).cpu()
+            probes = dataclasses.replace(probes, layout=self.zo.due.layout)
+            prefix = self.prefixes[step % len(self.prefixes)]
+            return evaluate(self.studio.space, theta, probes, rows, recipe.rows or None, prefix).cpu()
 
         schedule = trapezoid(step, recipe.steps, recipe.warmup, recipe.decay)
         return self.zo.advance(losses, recipe.batch_size, recipe.space == "gain", schedule)
