@@ -174,9 +174,9 @@ def test_things_that_are_not_there(qzo, words):
     assert code == 2 and err
 
 
-def test_the_page_says_that_it_does_not_exist_yet(qzo):
-    code, out, _ = qzo("ui")
-    assert code == 0 and "does not exist yet" in out
+def test_the_page_refuses_the_network_without_a_password(qzo):
+    code, _, err = qzo("ui", "--host", "0.0.0.0")
+    assert code == 2 and "--auth" in err
 
 
 def test_help_names_every_setting(qzo):

@@ -26,8 +26,8 @@ RTX_4090 = gpu.Card("NVIDIA GeForce RTX 4090", 581, (8, 9))
 
 def test_words_become_a_command():
     assert start.plan(["demo", "--seed", "3"]) == (set(), ["-P", "-m", "zo_engine", "demo", "--seed", "3"])
-    assert start.plan([])[1][-1] == "ui"
-    assert start.plan(["test", "-k", "noise"]) == ({"dev"}, ["-m", "pytest", "-k", "noise"])
+    assert start.plan([]) == start.plan(["ui"]) == ({"app"}, ["-P", "-m", "zo_engine", "ui"])
+    assert start.plan(["test", "-k", "noise"]) == ({"app", "dev"}, ["-m", "pytest", "-k", "noise"])
 
 
 def test_an_old_python_can_read_the_file_and_is_told_so():

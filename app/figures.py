@@ -1,0 +1,307 @@
+"""What the page draws itself: cards, charts and picture grids, as HTML and SVG from plain values.
+
+Every name, caption and message is escaped here, where HTML is made. Text in charts is HTML over the SVG, so that it
+keeps its size on a phone.
+"""
+
+import base64
+import functools
+import io
+import math
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from app import media
+from app.drafts import EXAMPLES, Contents, Draft, title
+from app.jobs import Standing
+from app.series import Curve, Series
+from zo_engine.dataset import fill_trigger, open_picture
+from zo_engine.run import Run
+
+WORDS = {
+    "waiting": "waiting", "preparing": "getting ready", "running": "training", "stopping": "saving", "done": "done",
+    "stopped": "stopped", "failed": "failed", "interrupted": "interrupted",
+}  # fmt: skip
+SHOWN_PROMPTS, SHOTS = 8, 4  # prompts before the fold; steps of each: the first, the last, and between
+
+
+def header(machine: str) -> str:
+    return f"""
+<header class="qzo-head">
+  <svg viewBox="0 0 40 40" aria-hidden="true"><rect width="40" height="40" rx="11"/>
+    <path d="M10 27V17M16.7 27V11M23.3 27V20M30 27V14"/></svg>
+  <div><h1>QZO Studio</h1><p>Teach an image model your style, in the memory it takes to run it</p></div>
+  <span class="qzo-machine">{escape(machine)}</span>
+</header>"""
+
+
+@functools.cache
+def examples() -> str:
+    """The bundled sets as buttons, six small pictures each within the page: no waiting for the first look."""
+    cards = []
+    for name, folder in EXAMPLES.items():
+        pictures = sorted((folder / "images").glob("*.jpg"))
+        strip = "".join(f'<img src="{_inline(p)}" alt="">' for p in pictures[:6])
+        cards.append(
+            f'<button type="button" class="qzo-example" data-example="{escape(name)}">'
+            f'<span class="strip">{strip}</span><span class="what"><b>{escape(title(name))}</b>'
+            f'<span>{len(pictures)} pictures, captioned</span></span><span class="go">Use this set</span></button>'
+        )
+    return f'<div class="qzo-examples">{"".join(cards)}</div>'
+
+
+def _inline(picture: Path) -> str:
+    small, buffer = open_picture(picture), io.BytesIO()
+    small.thumbnail((220, 220))
+    small.save(buffer, "WEBP", quality=80)
+    return "data:image/webp;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+# Pictures and captions
+
+
+def pictures(draft: Draft, contents: Contents, only: str = "all") -> str:
+    """The pictures with their captions to edit; a text field knows its picture by name."""
+    trigger = draft.recipe().trigger
+    own = Path(draft.recipe().images) == draft.own_images
+    cards = []
+    for name, picture in contents.pictures.items():
+        if only == "bare" and picture.caption:
+            continue
+        left, top, right, bottom = (f"{100 * share:.2f}%" for share in draft.crop(picture))
+        cut = any(share > 0 for share in draft.crop(picture))
+        frame = f'<i class="crop" style="inset:{top} {right} {bottom} {left}"></i>' if cut else ""
+        key = escape(name, quote=True)
+        note = caption_note(picture.caption, trigger)
+        take_out = (
+            f'<button type="button" class="remove" data-remove="{key}" aria-label="Take {key} out">&times;</button>'
+            if own
+            else ""
+        )
+        cards.append(
+            f'<figure><div class="frame"><span class="fit"><img loading="lazy" '
+            f'src="{media.url("draft", draft.name, contents.thumbs[name])}" alt="{escape(picture.caption or name)}">'
+            f"{frame}</span>{take_out}</div><figcaption><b title='{key}'>{escape(name)}</b>"
+            f'<textarea rows="2" data-name="{key}" aria-label="Caption of {key}" maxlength="2000" '
+            f'placeholder="What is in the picture">{escape(picture.caption)}</textarea>'
+            f'<small class="{note["kind"]}">{escape(note["text"])}</small></figcaption></figure>'
+        )
+    if not cards:
+        return '<p class="qzo-empty">Every picture has a caption.</p>' if contents.pictures else ""
+    return f'<div class="qzo-pictures" data-draft="{escape(draft.name)}">{"".join(cards)}</div>'
+
+
+def caption_note(caption: str, trigger: str) -> dict[str, str]:
+    """What stands below a caption: the text that the model will be shown."""
+    if caption:
+        return {"text": f"trained as: {fill_trigger(caption, trigger)}", "kind": "whole"}
+    return {"text": f"no caption: trained as {trigger!r} alone" if trigger else "no caption", "kind": "bare"}
+
+
+def notes(items: list[tuple[str, str]]) -> str:
+    """(good, flat or bad; sentence) as a list."""
+    lines = "".join(f'<li class="{kind}">{escape(text)}</li>' for kind, text in items)
+    return f'<ul class="qzo-notes" role="status">{lines}</ul>' if lines else ""
+
+
+# A run
+
+
+def card(standing: Standing, run: Run, steps: int) -> str:
+    """State, progress and the figures of the moment."""
+    status = standing.status
+    done = int(status.get("step", 0))
+    steps = int(status.get("steps", steps) or 1)
+    share = 100 * done / steps
+    facts = []
+    if standing.state == "running" and "remaining" in status:
+        facts.append(("time left", duration(status["remaining"])))
+        facts.append(("a step takes", duration(status["seconds_per_step"], fine=True)))
+        facts.append(("memory", f"{status['memory'] / 1e9:.1f} GB"))
+    if status.get("held_out") is not None:
+        facts.append(("held-out loss", f"{status['held_out']:.4f}"))
+    if status.get("best_held_out") is not None:
+        facts.append(("best", f"{status['best_held_out']:.4f} at step {status['best_step']}"))
+    if status.get("skipped"):
+        facts.append(("skipped steps", f"{status['skipped']}"))
+    rows = "".join(f"<div><dt>{escape(k)}</dt><dd>{escape(v)}</dd></div>" for k, v in facts)
+    message = f'<p class="message">{escape(standing.message)}</p>' if standing.message else ""
+    busy = " busy" if standing.live else ""
+    return f"""
+<section class="qzo-card qzo-run" aria-label="Run {escape(standing.name)}">
+  <div class="line"><h3>{escape(title(standing.name))}</h3>{pill(standing.state)}</div>
+  <div class="bar{busy}" role="progressbar" aria-valuemin="0" aria-valuemax="{steps}" aria-valuenow="{done}"
+       aria-label="Steps done"><i style="width:{share:.2f}%"></i></div>
+  <div class="line count"><span>step <b>{done:,}</b> of {steps:,}</span><span>{share:.0f} %</span></div>
+  {message}<dl>{rows}</dl>
+</section>"""
+
+
+def pill(state: str) -> str:
+    return f'<span class="qzo-pill {state}">{WORDS[state]}</span>'
+
+
+def charts(series: Series) -> str:
+    """Held-out loss with its verdict, and the training loss."""
+    kind, verdict = series.verdict()
+    held, (raw, smooth), best = series.held_out(), series.training(), series.best()
+    mark = (best["step"], best["loss"]) if best else None
+    start = held.y[0] if held.y else None
+    first = chart("Held-out loss", [("line", held)], mark=mark, level=start,
+                  note=f'<p class="qzo-verdict {kind}">{escape(verdict)}</p>')  # fmt: skip
+    help = '<p class="qzo-verdict">Noisy by nature: every step sees other pictures at other noise levels.</p>'
+    return f'<div class="qzo-charts">{first}{chart("Training loss", [("raw", raw), ("line", smooth)], note=help)}</div>'
+
+
+def chart(
+    name: str,
+    curves: list[tuple[str, Curve]],
+    *,
+    mark: tuple[float, float] | None = None,
+    level: float | None = None,
+    note: str = "",
+) -> str:
+    """One chart: `mark` is a point that stands out, `level` a dashed height."""
+    xs = [x for _, c in curves for x in c.x]
+    ys = [y for _, c in curves for y in (*c.y, *c.low, *c.high) if math.isfinite(y)]
+    last = curves[-1][1].y[-1] if curves[-1][1].y else None
+    head = f'<div class="line"><h3>{escape(name)}</h3><b>{"" if last is None else f"{last:.4f}"}</b></div>'
+    if not ys:
+        empty = '<div class="plot"><p class="qzo-empty">The first figures come with the first steps.</p></div>'
+        return f'<section class="qzo-card qzo-chart">{head}{empty}</section>'
+    left, right = min(xs), max(xs)
+    low, high = min(ys), max(ys)
+    pad = (high - low) * 0.08 or abs(high) * 0.01 or 1
+    low, high = low - pad, high + pad
+    across = lambda x: 1000 * (x - left) / ((right - left) or 1)  # noqa: E731
+    down = lambda y: 300 * (high - y) / (high - low)  # noqa: E731
+    path = lambda points: "M" + "L".join(f"{across(x):.1f} {down(y):.1f}" for x, y in points)  # noqa: E731
+    body = ""
+    for kind, c in curves:
+        if c.low and len(c.x) > 1:
+            edge = [*zip(c.x, c.high, strict=True), *reversed(list(zip(c.x, c.low, strict=True)))]
+            body += f'<path class="band" d="{path(edge)}Z"/>'
+        body += f'<path class="{kind}" d="{path(list(zip(c.x, c.y, strict=True)))}"/>'
+    if level is not None:
+        body += f'<path class="level" d="M0 {down(level):.1f}H1000"/>'
+    dots = ""
+    if mark:
+        dots += (
+            f'<i class="dot" style="left:{across(mark[0]) / 10:.2f}%;top:{down(mark[1]) / 3:.2f}%" '
+            f'title="best: {mark[1]:.4f} at step {mark[0]}"></i>'
+        )
+    grid = "".join(f'<path class="grid" d="M0 {y}H1000"/>' for y in (0, 150, 300))
+    ticks = "".join(f"<span>{y:.3f}</span>" for y in (high, (low + high) / 2, low))
+    says = f"{name}: {curves[-1][1].y[0]:.4f} at step {left:.0f}, {last:.4f} at step {right:.0f}"
+    return f"""
+<section class="qzo-card qzo-chart">{head}
+  <div class="plot"><div class="ticks" aria-hidden="true">{ticks}</div><div class="area">
+    <svg viewBox="0 0 1000 300" preserveAspectRatio="none" role="img" aria-label="{escape(says)}">{grid}{body}</svg>
+    {dots}</div></div>
+  <div class="line steps" aria-hidden="true"><span>step {left:.0f}</span><span>step {right:.0f}</span></div>{note}
+</section>"""
+
+
+def previews(run: Run, name: str, prompts: list[str]) -> str:
+    """Every prompt with its pictures by step, the untrained model first."""
+    folders = sorted(f for f in run.previews.glob("*/") if f.name.isdigit()) if run.previews.is_dir() else []
+    if not folders:
+        return '<p class="qzo-empty">The first previews show what the model draws before it learns anything.</p>'
+    last = len(folders) - 1
+    kept = [folders[i] for i in sorted({round(last * k / (SHOTS - 1)) for k in range(SHOTS)})]
+    counts = max(len(list(f.glob("*.png"))) for f in kept)
+    cards = []
+    for i in range(counts):
+        prompt = prompts[i] if i < len(prompts) else f"prompt {i + 1}"
+        shots = []
+        for folder in kept:
+            file = folder / f"{i:02d}.png"
+            if file.exists():
+                step = int(folder.name)
+                at = "before" if step == 0 else f"step {step:,}"
+                place = media.url("run", name, f"previews/{folder.name}/{file.name}")
+                shots.append(
+                    f'<span class="shot"><img loading="lazy" src="{place}" alt="{escape(prompt)}, {at}">'
+                    f"<em>{at}</em></span>"
+                )
+        cards.append(
+            f'<figure><figcaption>{escape(prompt)}</figcaption><div class="shots">{"".join(shots)}</div></figure>'
+        )
+    grid = f'<div class="qzo-previews">{"".join(cards[:SHOWN_PROMPTS])}</div>'
+    if len(cards) > SHOWN_PROMPTS:
+        rest = "".join(cards[SHOWN_PROMPTS:])
+        grid += f"<details class='qzo-more'><summary>{len(cards) - SHOWN_PROMPTS} more prompts</summary>"
+        grid += f'<div class="qzo-previews">{rest}</div></details>'
+    return grid
+
+
+def runs(rows: list[tuple[Standing, Run, str, str]], current: str) -> str:
+    """The history: (standing, run, what it was trained on, size on disk)."""
+    if not rows:
+        return '<p class="qzo-empty">No runs yet. The first one takes five clicks: load an example and press Train.</p>'
+    cards = []
+    for standing, run, what, size in rows:
+        sheets = sorted(run.previews.glob("*/00.png"))
+        picture = '<span class="none"></span>'
+        if sheets:
+            place = media.url("run", standing.name, sheets[-1].relative_to(run.path).as_posix())
+            picture = f'<img loading="lazy" alt="" src="{place}">'
+        step = f"step {standing.status.get('step', 0):,} of {standing.status.get('steps', 0):,}"
+        here = ' aria-current="true"' if standing.name == current else ""
+        cards.append(
+            f'<a class="qzo-card qzo-past" href="?run={escape(standing.name)}"{here}>{picture}<span class="text">'
+            f"<b>{escape(title(standing.name))}</b><small>{escape(what)}</small>"
+            f"<small>{step} &middot; {size}</small></span>{pill(standing.state)}</a>"
+        )
+    return f'<div class="qzo-history">{"".join(cards)}</div>'
+
+
+# Models and facts
+
+
+def model(entry: dict[str, Any]) -> str:
+    """One model: what it is, what it needs, and whether it will work here."""
+    kind, verdict = entry["verdict"]
+    rows = "".join(f"<div><dt>{escape(k)}</dt><dd>{escape(v)}</dd></div>" for k, v in entry["facts"])
+    chosen = '<span class="qzo-pill running">chosen</span>' if entry["chosen"] else ""
+    return (
+        f'<section class="qzo-card qzo-model{" chosen" if entry["chosen"] else ""}"><div class="line">'
+        f"<h3>{escape(entry['title'])}</h3>{chosen}</div><p>{escape(entry['notes'])}</p><dl>{rows}</dl>"
+        f'<p class="qzo-verdict {kind}">{escape(verdict)}</p></section>'
+    )
+
+
+def facts(heading: str, rows: list[tuple[str, str]]) -> str:
+    lines = "".join(f"<div><dt>{escape(k)}</dt><dd>{escape(v)}</dd></div>" for k, v in rows)
+    return f'<section class="qzo-card"><h3>{escape(heading)}</h3><dl class="wide">{lines}</dl></section>'
+
+
+def downloads(rows: list[tuple[str, str, str, str]]) -> str:
+    """(title, address, size, what opens it) as links that look like what they are: buttons."""
+    links = "".join(
+        f'<a class="qzo-card qzo-file" href="{place}" download><b>{escape(what)}</b><small>{escape(opens)}</small>'
+        f"<span>{size}</span></a>"
+        for what, place, size, opens in rows
+    )
+    return f'<div class="qzo-files">{links}</div>'
+
+
+def duration(seconds: float, fine: bool = False) -> str:
+    """Seconds as people say them."""
+    if fine and seconds < 10:
+        return f"{seconds:.2f} s"
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    if seconds < 5400:
+        return f"{seconds / 60:.0f} min"
+    return f"{int(seconds // 3600)} h {int(seconds % 3600 // 60):02d} min"
+
+
+def size(number: float) -> str:
+    """Bytes as people say them."""
+    for unit in ("B", "KB", "MB"):
+        if number < 1000:
+            return f"{number:.0f} {unit}"
+        number /= 1000
+    return f"{number:.1f} GB"

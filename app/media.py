@@ -1,0 +1,55 @@
+"""The files that a browser may see, and nothing else: a table of what exists, asked by name.
+
+/media/draft/<draft>/<thumb>       small copies of a draft's pictures
+/media/run/<run>/<file>            previews, comparisons, plot, recipe and styles of a run
+
+No path of a request is ever joined before its parts were found in a listing or fit a pattern without separators.
+"""
+
+import re
+from pathlib import Path
+from urllib.parse import quote
+
+from starlette.responses import FileResponse, PlainTextResponse
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from app.drafts import Drafts
+from app.jobs import Jobs
+
+SHOWN = re.compile(r"previews/\d{6}(/\d{2,3})?\.png|plots/loss\.png|compare/[0-9a-f]{16}-\d{3}\.png")
+TAKEN_HOME = re.compile(r"style(-journal)?\.safetensors|recipe\.toml")
+
+
+def url(kind: str, name: str, file: str, version: object = "") -> str:
+    """Where a browser finds a file; `version` changes the address of a file that can change."""
+    mark = f"?v={version}" if version != "" else ""
+    return f"media/{kind}/{quote(name, safe='')}/{quote(file)}{mark}"
+
+
+class Media:
+    """ASGI middleware that answers /media/ and hands everything else on."""
+
+    def __init__(self, app: ASGIApp, runs: Path):
+        self.app, self.drafts, self.jobs = app, Drafts(runs), Jobs(runs)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or not scope["path"].startswith("/media/"):
+            return await self.app(scope, receive, send)
+        found = self.find(*scope["path"].removeprefix("/media/").split("/", 2))
+        if found is None:
+            return await PlainTextResponse("there is no such file", 404)(scope, receive, send)
+        path, download = found
+        headers = {"Cache-Control": "private, max-age=3600" if not download else "no-store"}
+        await FileResponse(path, headers=headers, filename=download or None)(scope, receive, send)
+
+    def find(self, kind: str = "", name: str = "", file: str = "") -> tuple[Path, str] | None:
+        """(path, name to save it under or ""), or None for whatever may not be seen."""
+        if kind == "draft" and re.fullmatch(r"[0-9a-f]{20}\.webp", file) and name in self.drafts.names():
+            path = self.drafts.root / name / "thumbs" / file
+            return (path, "") if path.is_file() else None
+        if kind == "run" and (SHOWN.fullmatch(file) or TAKEN_HOME.fullmatch(file)) and name in self.jobs.names():
+            path = self.jobs.runs / name / file
+            inside = path.resolve().is_relative_to((self.jobs.runs / name).resolve())
+            save_as = f"{name}-{file}" if TAKEN_HOME.fullmatch(file) else ""
+            return (path, save_as) if path.is_file() and inside else None
+        return None

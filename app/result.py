@@ -1,0 +1,183 @@
+"""The tab of results: before and after, at any strength, and everything that can be taken home."""
+
+import hashlib
+import json
+from pathlib import Path
+
+import gradio as gr
+from PIL import Image
+
+from app import figures, media
+from app.drafts import title
+from app.jobs import Job
+from app.place import Place
+from app.plainly import plainly
+from app.train import prompts_of, settings_of
+
+FILES = (
+    ("style.safetensors", "The style", "qzo apply, compare and export; a few numbers for every layer"),
+    ("style-journal.safetensors", "The style as a journal", "the same, as the steps that made it"),
+    ("recipe.toml", "The recipe", "qzo train makes the same run again"),
+    ("plots/loss.png", "The figures", "any viewer of pictures"),
+)
+
+
+class Result:
+    """Components and what they do."""
+
+    def __init__(self, place: Place):
+        self.place = place
+
+    def build(self, run: gr.State, tab: gr.Tab) -> None:
+        chooser = gr.Dropdown([], label="Run", interactive=True)
+        empty = gr.HTML()
+        with gr.Column(visible=False) as area:
+            gr.HTML('<h2 class="qzo-title">Before and after, same prompts and seeds</h2>')
+            slider = gr.ImageSlider(
+                show_label=False, interactive=False, max_height=620, buttons=["fullscreen"], elem_id="slider",
+            )  # fmt: skip
+            step = gr.Dropdown([], label="After, at step", interactive=True)
+            gr.HTML('<h2 class="qzo-title">At another strength, with your own prompts</h2>')
+            with gr.Row():
+                with gr.Column(scale=3, min_width=300):
+                    prompts = gr.Textbox(
+                        label="Prompts, one a line", lines=4, placeholder="empty: the prompts of the run"
+                    )
+                with gr.Column(scale=2, min_width=260):
+                    strength = gr.Slider(0, 1.5, value=1, step=0.05, label="Strength", info="0 the base, 1 the style")
+                    seed = gr.Number(42, label="Seed", precision=0)
+            draw = gr.Button("Draw base and style", variant="primary")
+            drawn = gr.HTML()
+            gr.HTML('<h2 class="qzo-title">Take it home</h2>')
+            files = gr.HTML()
+            with gr.Row():
+                export = gr.Button("Write the whole styled model as a diffusers folder")
+            exported = gr.HTML()
+            with gr.Accordion("Everything that is known about this style", open=False):
+                known = gr.HTML()
+        view = [chooser, empty, area, slider, step, prompts, seed, files, known]
+        quiet = {"show_progress": "hidden", "api_visibility": "private"}
+        gr.on([run.change, tab.select], plainly(self.show), run, view, **quiet)
+        chooser.input(lambda name: name, chooser, run, **quiet)
+        step.input(plainly(self.slider), [run, step], slider, **quiet)
+        draw.click(plainly(self.draw), [run, prompts, strength, seed], drawn, **quiet)
+        export.click(plainly(self.export), [run, strength], exported, **quiet)
+        timer = gr.Timer(2)
+        seen = gr.State(())
+        timer.tick(
+            self.wait, [run, seen], [seen, drawn, exported, known], trigger_mode="once", concurrency_limit=None, **quiet
+        )
+
+    def show(self, name: str) -> list:
+        """A run's results, from its folder."""
+        jobs = self.place.jobs
+        names = [n for n in jobs.names() if jobs.run(n).style_file.exists()]
+        chooser = gr.Dropdown(choices=[(title(n), n) for n in names], value=name if name in names else None)
+        if name not in names:
+            why = "This run has no style yet: it is written when the run ends or is stopped." if name else ""
+            why = why or "No run has been chosen. Train one, or choose one above."
+            hidden = gr.Column(visible=False)
+            return [chooser, f'<p class="qzo-empty">{why}</p>', hidden, None, *[gr.skip()] * 5]
+        run = jobs.run(name)
+        self._ask(name)
+        steps = [int(f.stem) for f in sorted(run.previews.glob("*.png"))]
+        chosen = gr.Dropdown(choices=[(f"step {s:,}", s) for s in steps[1:]], value=steps[-1] if steps[1:] else None)
+        settings = settings_of(run, run.recipe_file)
+        prompts = "\n".join(prompts_of(settings)[:8])
+        seed = settings.preview_seed if settings else 42
+        rows = [
+            (what, media.url("run", name, file, int((run.path / file).stat().st_mtime)),
+             figures.size((run.path / file).stat().st_size), opens)
+            for file, what, opens in FILES if (run.path / file).exists()
+        ]  # fmt: skip
+        slider = self.slider(name, steps[-1]) if steps else None
+        return [chooser, "", gr.Column(visible=True), slider, chosen, prompts, seed,
+                figures.downloads(rows), self.known(name)]  # fmt: skip
+
+    def slider(self, name: str, step: int) -> tuple[Image.Image, Image.Image] | None:
+        """The sheets of previews before the first step and at one of the others."""
+        run = self.place.jobs.run(name)
+        before, after = run.preview_file(0), run.preview_file(int(step))
+        if not (before.exists() and after.exists()):
+            return None
+        return Image.open(before).convert("RGB"), Image.open(after).convert("RGB")
+
+    # What needs the model is done by a process of its own
+
+    def draw(self, name: str, prompts: str, strength: float, seed: float) -> str:
+        run = self.place.jobs.run(name)
+        lines = [line.strip() for line in (prompts or "").splitlines() if line.strip()]
+        seed = int(seed or 0)
+        strength = min(1.5, max(0.0, float(strength)))
+        key = hashlib.sha256(json.dumps([lines, strength, seed, run.style_file.stat().st_mtime]).encode()).hexdigest()
+        out = run.path / "compare" / f"{key[:16]}-{round(100 * strength):03d}.png"
+        if out.exists():
+            out.touch()  # drawn before: the newest is the one that is shown
+        else:
+            out.parent.mkdir(exist_ok=True)
+            asked = [word for line in lines for word in ("--prompt", line)]
+            words = ["compare", str(run.path), *asked, "--strength", str(strength), "--seed", str(seed)]
+            self._job(name, "compare").start(*words, "--out", str(out))
+        return self.drawn(name)
+
+    def drawn(self, name: str) -> str:
+        """The last comparison of a run, or how it stands."""
+        job = self._job(name, "compare")
+        if job.alive():
+            last = (job.log(1) or ["starting"])[0]
+            return f'<p class="qzo-empty busy" role="status">Drawing: {figures.escape(last)}</p>'
+        words = job.record().get("words", [])
+        sheets = sorted(self.place.jobs.run(name).path.glob("compare/*.png"), key=lambda f: f.stat().st_mtime)
+        if words and not Path(words[-1]).exists():
+            return figures.notes([("bad", job.complaint())])
+        if not sheets:
+            return ""
+        strength = int(sheets[-1].stem.split("-")[1]) / 100
+        place = media.url("run", name, f"compare/{sheets[-1].name}")
+        says = f"Base above, style at strength {strength:g} below"
+        return f'<figure class="qzo-sheet"><img src="{place}" alt="{says}"><figcaption>{says}</figcaption></figure>'
+
+    def export(self, name: str, strength: float) -> str:
+        run = self.place.jobs.run(name)
+        out = run.path / f"exported-{float(strength):g}"
+        if not out.exists():
+            self._job(name, "export").start("export", str(run.path), str(out), "--strength", str(float(strength)))
+        return self.exported(name)
+
+    def exported(self, name: str) -> str:
+        job = self._job(name, "export")
+        if job.alive():
+            return '<p class="qzo-empty busy" role="status">Writing the model; this takes some seconds or minutes</p>'
+        folders = sorted(self.place.jobs.run(name).path.glob("exported-*"))
+        lines = [
+            ("good", f"{f} ({figures.size(sum(x.stat().st_size for x in f.rglob('*') if x.is_file()))}): open it with "
+             f'StableDiffusion3Pipeline.from_pretrained("{f}")') for f in folders
+        ]  # fmt: skip
+        words = job.record().get("words", [])
+        if words and not Path(words[2]).exists():
+            lines.append(("bad", job.complaint()))
+        return figures.notes(lines)
+
+    def _ask(self, name: str) -> None:
+        """Let `qzo inspect` say what the style is, once for each version of it."""
+        job, file = self._job(name, "inspect"), self.place.jobs.run(name).style_file
+        if not job.alive() and not (job.log_file.exists() and job.log_file.stat().st_mtime > file.stat().st_mtime):
+            job.start("inspect", str(file), "--json", alone=False)
+
+    def known(self, name: str) -> str:
+        for line in reversed(self._job(name, "inspect").log()):
+            if line.startswith("{"):
+                found = json.loads(line)
+                return figures.facts("The style", [(k.replace("_", " "), str(v)) for k, v in found.items()])
+        return '<p class="qzo-empty">The file is being read.</p>'
+
+    def _job(self, name: str, kind: str) -> Job:
+        return self.place.jobs.job(name, kind)
+
+    def wait(self, name: str, seen: tuple) -> list:
+        """What the processes of this tab have brought since the last look."""
+        if name not in self.place.jobs.names():
+            return [(), gr.skip(), gr.skip(), gr.skip()]
+        parts = (name, self.drawn(name), self.exported(name), self.known(name))
+        seen = tuple(seen) or ("", "", "", "")
+        return [parts, *(new if new != old else gr.skip() for new, old in zip(parts[1:], seen[1:], strict=True))]
