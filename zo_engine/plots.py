@@ -2,11 +2,13 @@
 
 import io
 import math
+from itertools import cycle
 from pathlib import Path
 
 import numpy as np
 from matplotlib.figure import Figure
 
+from zo_engine.journal import Step
 from zo_engine.run import Run, write_atomic
 
 RAW, LINE, BAND, MARK = "#c7c9d9", "#5b4bd6", "#cfc9f5", "#c2571a"
@@ -20,6 +22,14 @@ def smooth(values: np.ndarray, memory: float = 0.95) -> np.ndarray:
             average, weight = memory * average + (1 - memory) * value, memory * weight + (1 - memory)
         out[i] = average / weight if weight else math.nan
     return out
+
+
+def by_level(journal: list[Step]) -> list[list[Step]]:
+    """The steps of each level of the model, told apart by their number of directions."""
+    found: dict[int, list[Step]] = {}
+    for record in journal:
+        found.setdefault(len(record.slopes), []).append(record)
+    return list(found.values())
 
 
 def plot(run: Run, path: Path | None = None) -> Path:
@@ -46,13 +56,16 @@ def plot(run: Run, path: Path | None = None) -> Path:
     flat = [(r.step + 1, abs(d)) for r in journal for d in r.slopes if math.isfinite(d)]
     if flat:
         slope.plot(*zip(*flat, strict=True), ",", color="#8a8fb0", label="|d|")
-        slope.plot(steps, [r.clip for r in journal], color=MARK, label="clip C")
+        for i, level in enumerate(by_level(journal)):
+            slope.plot([r.step + 1 for r in level], [r.clip for r in level], color=MARK, label=None if i else "clip C")
         slope.set_yscale("log")
     slope.set_title("Directional derivatives and their clip")
-    size.plot(steps, [r.step_size or np.nan for r in journal], color=LINE)
+    for level, colour in zip(by_level(journal), cycle((LINE, MARK, "#3a8f7a")), strict=False):
+        label = f"{len(level[0].slopes)} directions"
+        size.plot([r.step + 1 for r in level], [r.step_size or np.nan for r in level], color=colour, label=label)
     size.set_yscale("log")
     size.set_title("Step size")
-    for axes in (train, slope):
+    for axes in (train, slope, size):
         if axes.get_legend_handles_labels()[0]:
             axes.legend(frameon=False)
     for axes in (held, train, slope, size):

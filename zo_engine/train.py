@@ -367,6 +367,8 @@ def train(run: Run, studio: Studio, report: Callable[[dict], None], stop: thread
     began, first, bad = time.monotonic(), zo.step, 0
     if zo.step:
         run.log(f"resumed from step {zo.step}")
+    facts = {"step": zo.step, "steps": recipe.steps}
+    run.write_status("running", **facts)
     while True:
         at_end = zo.step >= recipe.steps
         if zo.step % recipe.evaluate_every == 0 or at_end:
@@ -405,8 +407,8 @@ def train(run: Run, studio: Studio, report: Callable[[dict], None], stop: thread
     training.save_style()
     plots.plot(run)
     state = "done" if at_end else "stopped"
-    last = {"step": zo.step, "steps": recipe.steps, "held_out": training.held_out, "skipped": zo.skipped}
-    run.write_status(state, **last, best_step=training.best[1], best_held_out=training.best[0])
+    facts |= {"held_out": training.held_out, "skipped": zo.skipped, "remaining": 0.0}
+    run.write_status(state, **facts, best_step=training.best[1], best_held_out=training.best[0])
     run.log(f"{state} at step {zo.step}; best held-out loss {training.best[0]:.6g} at step {training.best[1]}")
     return state
 
