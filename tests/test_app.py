@@ -333,7 +333,7 @@ def test_a_run_is_found_again_stopped_killed_and_resumed(place, tiny_folder):
         until(lambda: not other.look(second).live, job)
         assert other.look(second).state == "stopped" and "start it again" in other.look(second).why_not_resume
 
-        until(lambda: other.look(name).state == "running", job)
+        until(lambda: other.look(name).state == "running" and other.look(name).status["step"] > 0, job)
         seen, *parts = Training(Place(place.runs)).watch(name, {})
         assert "training" in parts[2] and "a tarot &lt;b&gt;" in parts[8]
         assert all(part == gr.skip() for part in Training(place)._fresh(seen, dict.fromkeys(seen, gr.skip()), seen)[1:])
