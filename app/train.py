@@ -17,7 +17,7 @@ from zo_engine import recipe as recipes
 from zo_engine.hub import MODELS
 from zo_engine.run import Run
 
-LENGTHS = [("Quick, 100 steps", 100), ("Normal, 300 steps", 300), ("Thorough, 800 steps", 800)]
+LENGTHS = [("Quick, 100 steps", 100), ("Normal, 300 steps", 300), ("Thorough, 1,000 steps", 1000)]
 ELSEWHERE = ("images", "trigger", "model")  # fields with a place of their own, on the tabs before
 DIALS = ("steps", "resolution", "prompts")
 ADVANCED = tuple(name for name in form.FIELDS if name not in ELSEWHERE + DIALS)
@@ -146,8 +146,7 @@ class Training:
         settings, contents = draft.recipe(), draft.contents()
         known = MODELS.get(settings.model)
         resolution = settings.resolution or (known.resolution if known else "512")
-        held = max(2, round(settings.holdout * len(contents.pictures))) if settings.holdout else 0
-        held = held if len(contents.pictures) >= 8 else 0
+        held = dataset.held_out(len(contents.pictures), settings.holdout)
         rows = [
             ("pictures", f"{len(contents.pictures)}, of which {held} are kept out to measure with"),
             ("trigger", settings.trigger or "none"),

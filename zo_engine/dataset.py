@@ -403,6 +403,11 @@ def fit(image: Image.Image, bucket: tuple[int, int]) -> Image.Image:
     return image.resize(bucket, Image.Resampling.LANCZOS, box=box, reducing_gap=3.0)
 
 
+def held_out(pictures: int, share: float) -> int:
+    """How many of so many are held out: two or more of eight or more; of fewer, none: they are too precious."""
+    return max(2, round(share * pictures)) if share and pictures >= 8 else 0
+
+
 def warnings(pictures: list[Picture], buckets: list[tuple[int, int]]) -> list[str]:
     """What fitting does that the pictures' owner may not want: one sentence on cuts, one on enlargement."""
     cut, enlarged = [], []

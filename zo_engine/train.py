@@ -105,8 +105,8 @@ def pick_dtype(dtype: str, device: torch.device) -> torch.dtype:
 
 
 def split(pictures: list, share: float, seed: int) -> tuple[list, list]:
-    """(training, held-out). At least two are held out of eight or more; of fewer, none: they are too precious."""
-    count = max(2, round(share * len(pictures))) if share and len(pictures) >= 8 else 0
+    """(training, held-out), at random."""
+    count = dataset.held_out(len(pictures), share)
     order = np.random.Generator(np.random.Philox(key=seed)).permutation(len(pictures))
     held = set(order[:count].tolist())
     return [p for i, p in enumerate(pictures) if i not in held], [p for i, p in enumerate(pictures) if i in held]

@@ -5,7 +5,7 @@ All randomness is an argument: a batch carries its noise and noise levels, so th
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 
 import numpy as np
 import torch
@@ -39,8 +39,21 @@ class Example:
     latents: Tensor  # [C, h, w]
     prompt: Tensor  # [T, D]
     pooled: Tensor  # [P]
-    noise: Tensor | None = field(default=None)  # [C, h, w]
+    noise: Tensor | None = None  # [C, h, w]
     sigma: float = 0.0
+
+
+def predicted(
+    model: nn.Module, noisy: Tensor, sigma: Tensor, prompt: Tensor, pooled: Tensor, dtype: torch.dtype, timesteps=1000
+) -> Tensor:
+    """The velocity [B, C, h, w] that the model predicts at noise level sigma [B]."""
+    return model(
+        hidden_states=noisy.to(dtype),
+        timestep=(sigma * timesteps).to(dtype),
+        encoder_hidden_states=prompt.to(dtype),
+        pooled_projections=pooled.to(dtype),
+        return_dict=False,
+    )[0]
 
 
 def flow_losses(model: nn.Module, batch: Batch, dtype: torch.dtype, train_timesteps: int = 1000) -> Tensor:
@@ -50,13 +63,7 @@ def flow_losses(model: nn.Module, batch: Batch, dtype: torch.dtype, train_timest
     """
     sigma = batch.sigma.view(-1, 1, 1, 1)
     noisy = (1 - sigma) * batch.latents + sigma * batch.noise
-    velocity = model(
-        hidden_states=noisy.to(dtype),
-        timestep=(batch.sigma * train_timesteps).to(dtype),
-        encoder_hidden_states=batch.prompt.to(dtype),
-        pooled_projections=batch.pooled.to(dtype),
-        return_dict=False,
-    )[0]
+    velocity = predicted(model, noisy, batch.sigma, batch.prompt, batch.pooled, dtype, train_timesteps)
     wide = torch.promote_types(velocity.dtype, torch.float32)
     error = velocity.to(wide) - (batch.noise - batch.latents).to(wide)
     return error.square().flatten(1).mean(1)
@@ -194,13 +201,8 @@ def answers(
         sample(pipeline, [(prompt, pooled)], negative, [seed + number], width=width, height=height, steps=steps,
                guidance=guidance, output_type="latent", callback_on_step_end=note)  # fmt: skip
         for x, sigma in states[:-1]:  # the last one has no noise left
-            velocity = model(
-                hidden_states=x[None].to(model.dtype),
-                timestep=torch.full((1,), 1000 * sigma, device=x.device, dtype=model.dtype),
-                encoder_hidden_states=prompt[None].to(x.device, model.dtype),
-                pooled_projections=pooled[None].to(x.device, model.dtype),
-                return_dict=False,
-            )[0][0].float()
+            given = (t.to(x.device)[None] for t in (x, torch.tensor(sigma), prompt, pooled))
+            velocity = predicted(model, *given, model.dtype)[0].float()
             picture, noise = (x - sigma * velocity).cpu(), (x + (1 - sigma) * velocity).cpu()
             examples.append(Example(picture, prompt, pooled, noise, sigma))
     return examples
