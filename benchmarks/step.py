@@ -14,12 +14,16 @@ from common import save
 
 from zo_engine import models
 from zo_engine.blocks import Prefix, levels
+from zo_engine.newton import DIRECTIONS, FRESH, GaussNewton
 from zo_engine.probes import GainSpace, GroupSpace, central, evaluate
 from zo_engine.recipe import Recipe
 from zo_engine.scales import find_scales
-from zo_engine.tasks.diffusion import Batch, flow_losses
+from zo_engine.tasks.diffusion import Batch, flow_errors, flow_losses
 from zo_engine.train import memory, pick_device, pick_dtype
 from zo_engine.zo import ZO, slopes
+
+LONG = 3  # rounds of the contestants that take seconds
+ROWS = 64  # of one forward pass in a Gauss-Newton step
 
 
 def synthetic(transformer: torch.nn.Module, batch: int, height: int, width: int, tokens: int) -> Batch:
@@ -48,6 +52,7 @@ def measure(model: str, batch: int, rounds: int, device: str) -> dict:
     tokens = 77 + models.text_length(folder) if model != "tiny-sd3" else 32
     data = synthetic(transformer, batch, size, size, tokens)
     twice = data.take(torch.arange(batch, device=where).repeat(2))
+    wide = data.take(torch.arange(ROWS, device=where) % batch)
 
     def plain() -> None:
         flow_losses(transformer, data, dtype)
@@ -71,25 +76,44 @@ def measure(model: str, batch: int, rounds: int, device: str) -> dict:
         return run
 
     found = levels(views, Recipe().depth)
+    tuned = GainSpace({name: views[name] for level in found for name in level.layers})
+    parts = [tuned.layout.part(level.layers) for level in found]
+    newton = GaussNewton(tuned.layout, parts, seed=0, per_part=DIRECTIONS, device=where)
+    prefixes = [Prefix(transformer, level) for level in found]
+
+    def gauss_newton() -> None:
+        examples = data.take(torch.arange(FRESH * batch, device=where) % batch)
+        newton.advance(
+            lambda part, probes, fresh: evaluate(
+                tuned,
+                newton.theta,
+                probes,
+                lambda s: flow_errors(transformer, examples.take(s.to(where)), dtype),
+                ROWS,
+                prefixes[part],
+            ),
+            batch,
+        )
+        newton.theta.zero_()
+
+    def its_rows() -> None:
+        for _ in range(newton.cost() * batch // ROWS):
+            flow_losses(transformer, wide, dtype)
+
     contestants = {
         "two plain forwards": plain,
         "one forward of the stacked batch": stacked,
         "step, gain space, rows": step(GainSpace(views), True, batch),
         "step, gain space, rows and columns": step(GainSpace(views, columns=True), True, batch),
         "step, group space": step(GroupSpace(views), False, 1),
-        **{
-            f"step of level {i}, {level.directions()} directions a picture": step(
-                GainSpace({name: views[name] for name in level.layers}),
-                True,
-                level.directions() * batch,
-                Prefix(transformer, level),
-            )
-            for i, level in enumerate(found)
-        },
+        "Gauss-Newton step": gauss_newton,
+        "plain forwards of as many rows": its_rows,
     }
     times: dict[str, list[float]] = {name: [] for name in contestants}
     for _ in range(rounds + 1):
         for name, run in contestants.items():
+            if name in ("Gauss-Newton step", "plain forwards of as many rows") and len(times[name]) > LONG:
+                continue
             if where.type == "cuda":
                 torch.cuda.synchronize()
             began = time.perf_counter()
@@ -105,6 +129,9 @@ def measure(model: str, batch: int, rounds: int, device: str) -> dict:
         "rounds": rounds,
         "seconds": medians,
         "ratio_to_two_plain_forwards": {name: value / base for name, value in medians.items()},
+        "gauss_newton_to_plain_forwards_of_as_many_rows": (
+            medians["Gauss-Newton step"] / medians["plain forwards of as many rows"]
+        ),
         "memory_bytes": {"loaded": loaded, "peak": memory(where), "theta": GainSpace(views).layout.size * 4},
     }
 

@@ -16,7 +16,7 @@ def suffix(model, space):
     """The space over the second of the tiny transformer's two blocks, and the prefix before it."""
     views = find_scales(model)
     level = Level(tuple(n for n in views if n.startswith(("transformer_blocks.1.", "norm_out.", "proj_out"))),
-                  "transformer_blocks", 1, 0.5)  # fmt: skip
+                  "transformer_blocks", 1)  # fmt: skip
     return SPACES[space]({name: views[name] for name in level.layers}), Prefix(model, level)
 
 
@@ -25,8 +25,8 @@ def test_the_levels_of_sd3_are_its_output_layers_and_its_last_blocks(transformer
     output, block = levels(views, 0.5)
     assert set(output.layers) == {"norm_out.linear", "proj_out"}
     assert set(block.layers) == {name for name in views if name.startswith("transformer_blocks.1.")}
-    assert [(level.blocks, level.first, level.share) for level in (output, block)] == [
-        ("transformer_blocks", 2, 0.0), ("transformer_blocks", 1, 0.5)
+    assert [(level.blocks, level.first) for level in (output, block)] == [
+        ("transformer_blocks", 2), ("transformer_blocks", 1)
     ]  # fmt: skip
 
 
@@ -36,23 +36,11 @@ def test_the_levels_of_sd3_are_its_output_layers_and_its_last_blocks(transformer
 )
 def test_a_depth_is_a_share_of_the_blocks_in_two_levels(depth, starts):
     found = levels(["model.embed", *LLAMA, "lm_head"], depth)
-    assert found[0] == Level(("lm_head",), "model.layers", 8, 0.0)
+    assert found[0] == Level(("lm_head",), "model.layers", 8)
     assert [level.first for level in found[1:]] == starts
-    assert [level.share for level in found[1:]] == [1 - start / 8 for start in starts]
     stops = [8, *starts]
     assert [list(level.layers) for level in found[1:]] == [
         LLAMA[2 * a : 2 * b] for a, b in zip(starts, stops, strict=False)
-    ]
-
-
-def test_directions_cost_two_forward_passes_and_have_a_limit():
-    assert [Level((), share=share).directions() for share in (1.0, 0.5, 1 / 3, 1 / 6, 0.01, 0.0)] == [
-        1,
-        2,
-        3,
-        6,
-        16,
-        16,
     ]
 
 
@@ -116,7 +104,7 @@ def test_a_prefix_replays_outputs_of_any_form():
         assert none is None
         return y + seen
 
-    prefix, index = Prefix(model, Level((), "blocks", 1, 0.5)), torch.tensor([3, 0, 3])
+    prefix, index = Prefix(model, Level((), "blocks", 1)), torch.tensor([3, 0, 3])
     for chunk in (None, 3):
         output = prefix.run(loss, torch.arange(4), chunk)
         with prefix.replayed(output, index):

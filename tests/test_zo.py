@@ -17,13 +17,13 @@ import torch
 from exact import codes, exact_net, net_inputs, net_loss, one_step, quantised_net
 from torch import nn
 
-from zo_engine.journal import Step, short
+from zo_engine.journal import Step, read, short
 from zo_engine.models import load_transformer
 from zo_engine.noise import Layout, directions
 from zo_engine.probes import GainSpace, GroupSpace, Probes, central, evaluate
 from zo_engine.scales import find_scales
-from zo_engine.style import journal_steps, journal_tensors
-from zo_engine.zo import ZO, StepSize, Turns, quantile, slopes, trapezoid
+from zo_engine.style import journal_records, journal_tensors
+from zo_engine.zo import ZO, StepSize, quantile, slopes, trapezoid
 
 GOLDEN = Path(__file__).parent / "golden"
 OPTIMIZERS = ("sgd", "momentum", "adam")
@@ -314,11 +314,11 @@ def live(steps, **settings):
 
 
 def through_json(journal):
-    return [Step.from_json(json.dumps(json.loads(record.to_json()))) for record in journal]
+    return [read(json.dumps(json.loads(record.to_json()))) for record in journal]
 
 
 def through_style(journal):
-    return journal_steps(journal_tensors(journal), [len(journal[0].slopes)])
+    return journal_records(journal_tensors(journal))
 
 
 def assert_same_run(a, b):
@@ -608,7 +608,7 @@ def golden_run(model):
 
 
 def golden_journal():
-    return [Step.from_json(line) for line in (GOLDEN / "journal.jsonl").read_text().splitlines()]
+    return [read(line) for line in (GOLDEN / "journal.jsonl").read_text().splitlines()]
 
 
 def sha256(theta):
@@ -650,42 +650,3 @@ def write_golden():
 
 if __name__ == "__main__":
     write_golden()
-
-
-def test_levels_take_turns_and_move_only_their_own_tensors():
-    layout = Layout({"in.rows": (5,), "out.rows": (3,)})
-
-    def fresh() -> Turns:
-        parts = [layout.part(["out"]), layout.part(["in"])]
-        return Turns(
-            layout,
-            [
-                ZO(p, seed=1, per_step=2, clip=1e6, step_size=0.1, turn=i, turns=2, eps=0.01)
-                for i, p in enumerate(parts)
-            ],
-        )
-
-    def losses(probes, fresh):
-        away = probes.z.double() @ 3.0 ** torch.arange(probes.z.shape[1]).double()
-        return away[probes.direction] * probes.sign
-
-    turns, journal, seen = fresh(), [], []
-    for step in range(6):
-        before = turns.theta
-        journal.append(turns.advance(losses, 2))
-        seen.append((turns.theta != before).tolist())
-        assert journal[-1].step == step == turns.step - 1
-    assert [[any(moved[:5]), any(moved[5:])] for moved in seen] == [[False, True], [True, False]] * 3
-    again = fresh()
-    for record in journal[:4]:
-        again.apply(record)
-    tensors, scalars = again.state()
-    third = fresh()
-    third.restore(tensors, scalars, journal)
-    for record in journal[4:]:
-        again.apply(record)
-        third.apply(record)
-    assert torch.equal(again.theta, turns.theta) and torch.equal(third.theta, turns.theta)
-    assert [list(zo.recent) for zo in third.levels] == [list(zo.recent) for zo in turns.levels]
-    with pytest.raises(ValueError, match="jumps"):
-        third.apply(journal[0])

@@ -134,13 +134,15 @@ class progress:
         from tqdm import tqdm
 
         if self.as_json:
-            click.echo(json.dumps(facts))
+            if not facts["part"]:
+                click.echo(json.dumps(facts))
             return
-        if self.bar is None:  # made at the first step, so that a resumed run starts where it stands
-            self.bar = tqdm(total=self.steps, initial=facts["step"] - 1, unit="step", disable=None, smoothing=0.05)
-        held = "-" if facts["held_out"] is None else f"{facts['held_out']:.4f}"
-        self.bar.set_postfix_str(f"loss {facts['loss']:.4f}, held-out {held}", refresh=False)
-        self.bar.update()
+        at = round(facts["step"] + facts["part"], 2)
+        if self.bar is None:  # made at the first report, so that a resumed run starts where it stands
+            self.bar = tqdm(total=self.steps, initial=max(0, int(at) - 1), unit="step", disable=None, smoothing=0.05)
+        loss, held = ("-" if x is None else f"{x:.4f}" for x in (facts["loss"], facts["held_out"]))
+        self.bar.set_postfix_str(f"loss {loss}, held-out {held}", refresh=False)
+        self.bar.update(at - self.bar.n)
 
     def __exit__(self, *exc) -> None:
         if self.bar is not None:

@@ -1,9 +1,8 @@
-"""A model as a list of blocks: the last of them are tuned, level by level; what lies before a level runs once.
+"""A model as a list of blocks: the last of them are tuned, in levels; what lies before a level runs once.
 
 What a perturbation cannot reach need not be computed twice. With the scales of the last block in motion, one pass
-through those before it serves every probe, and a probe costs the last block alone: many directions at the price of two
-forward passes, none of them stirred by layers that it does not measure. Levels take turns, each with a step size of its
-own: the output layers' curvature is a hundred times that of the blocks.
+through those before it serves every probe, and a probe costs the last block alone: many directions at the price of a
+few forward passes.
 """
 
 import re
@@ -22,16 +21,11 @@ BLOCK = re.compile(r"((?:[^.\d][^.]*\.)+)(\d+)\.")  # "transformer_blocks.4.attn
 
 @dataclass(frozen=True)
 class Level:
-    """Layers that move together. A probe of them runs the blocks from `first` on: the share `share` of all blocks."""
+    """Layers that one probe moves. It runs the blocks from `first` on."""
 
     layers: tuple[str, ...]
     blocks: str = ""  # name of the model's list of blocks
     first: int = 0
-    share: float = 1.0
-
-    def directions(self, most: int = 16) -> int:
-        """As many as cost about two forward passes of the whole model, `most` at most."""
-        return max(1, min(most, round(1 / self.share))) if self.share else most
 
 
 def levels(layers: Iterable[str], depth: float) -> list[Level]:
@@ -50,10 +44,10 @@ def levels(layers: Iterable[str], depth: float) -> list[Level]:
     tuned = max(1, round(depth * count))
     starts = sorted({count - tuned + round(i * tuned / GROUPS) for i in range(GROUPS)})
     after = names[max(i for i, name in enumerate(names) if name in number) + 1 :]
-    made = [Level(tuple(after), blocks, count, 0.0)] if after else []
+    made = [Level(tuple(after), blocks, count)] if after else []
     for start, stop in reversed(list(zip(starts, [*starts[1:], count], strict=True))):
         inside = tuple(name for name in names if start <= number.get(name, -1) < stop)
-        made.append(Level(inside, blocks, start, 1 - start / count))
+        made.append(Level(inside, blocks, start))
     return [level for level in made if level.layers]
 
 

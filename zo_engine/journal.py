@@ -1,8 +1,9 @@
-"""One line of the journal: the scalars that make one update. Imports no torch."""
+"""One line of the journal: the numbers that make one update. Imports no torch."""
 
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import Any
 
 import numpy as np
 
@@ -13,8 +14,19 @@ def short(value: float) -> float:
         return float(str(np.float32(value)))
 
 
+class Record:
+    """A step as a line of JSON. Each method keeps its own kind: `Step` or `Move`, told apart by their names."""
+
+    def to_json(self) -> str:
+        """Not-a-number and infinity become null: JSON has no words for them, and the step is skipped either way."""
+        found = {f.name: _plain(getattr(self, f.name)) for f in fields(self)}
+        return json.dumps({name: value for name, value in found.items() if value != []})
+
+
 @dataclass(frozen=True)
-class Step:
+class Step(Record):
+    """What `zo.ZO` needs to make a step again."""
+
     step: int
     slopes: tuple[float, ...]  # directional derivatives d, one per direction, before clipping, exact in fp32
     clip: float  # C
@@ -26,23 +38,37 @@ class Step:
     def skipped(self) -> bool:
         return not all(math.isfinite(d) for d in self.slopes)
 
-    def to_json(self) -> str:
-        """Not-a-number and infinity become null: JSON has no words for them, and the step is skipped either way."""
-        numbers = lambda values: [v if math.isfinite(v) else None for v in values]  # noqa: E731
-        line = {"step": self.step, "loss": numbers([self.loss])[0], "clip": self.clip, "step_size": self.step_size}
-        if self.search:
-            line["search"] = numbers(self.search)
-        return json.dumps({**line, "slopes": numbers(self.slopes)})
 
-    @classmethod
-    def from_json(cls, line: str) -> "Step":
-        found = json.loads(line)
-        numbers = lambda values: tuple(math.nan if v is None else float(v) for v in values)  # noqa: E731
-        return cls(
-            step=found["step"],
-            slopes=numbers(found["slopes"]),
-            clip=found["clip"],
-            step_size=found["step_size"],
-            loss=numbers([found["loss"]])[0],
-            search=numbers(found.get("search", ())),
-        )
+@dataclass(frozen=True)
+class Move(Record):
+    """What `newton.GaussNewton` needs to make a step again."""
+
+    step: int
+    weights: tuple[float, ...]  # how far theta goes along each direction, exact in fp32; empty for a skipped step
+    size: float  # of the move, root mean square; like what follows, for people, not for replay
+    loss: float  # mean loss of the batch before the move
+    damping: float = 0.0  # what made the move
+    tried: tuple[float, ...] = ()  # losses of a fresh batch: standing still, then with every damping
+
+    @property
+    def skipped(self) -> bool:
+        return not self.weights
+
+
+def read(line: str) -> Record:
+    """A line of the journal. Raises ValueError (json.JSONDecodeError, too), KeyError or TypeError for anything else."""
+    found = json.loads(line)
+    kind = Move if "size" in found else Step
+    return kind(**{f.name: _number(found.get(f.name, [])) for f in fields(kind)})
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return [_plain(v) for v in value]
+    return value if math.isfinite(value) else None
+
+
+def _number(value: Any) -> Any:
+    if isinstance(value, list):
+        return tuple(float(_number(v)) for v in value)
+    return math.nan if value is None else value

@@ -62,6 +62,11 @@ class Layout:
         wanted = set(layers)
         return Layout({name: shape for name, shape in self.shapes.items() if name.rpartition(".")[0] in wanted})
 
+    def index(self, part: "Layout", device: torch.device | str = "cpu") -> Tensor:
+        """Where a part's elements lie in this layout [part.size]."""
+        places = self.split(torch.arange(self.size, device=device))
+        return torch.cat([places[name].flatten() for name in part.shapes])
+
     def split(self, flat: Tensor) -> dict[str, Tensor]:
         """Views of `flat` [..., size] by name, each [..., *shape]."""
         parts = flat.split(list(self.numel.values()), dim=-1)

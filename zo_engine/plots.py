@@ -2,13 +2,13 @@
 
 import io
 import math
-from itertools import cycle
 from pathlib import Path
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from zo_engine.journal import Step
+from zo_engine.journal import Move, Step
 from zo_engine.run import Run, write_atomic
 
 RAW, LINE, BAND, MARK = "#c7c9d9", "#5b4bd6", "#cfc9f5", "#c2571a"
@@ -24,20 +24,12 @@ def smooth(values: np.ndarray, memory: float = 0.95) -> np.ndarray:
     return out
 
 
-def by_level(journal: list[Step]) -> list[list[Step]]:
-    """The steps of each level of the model, told apart by their number of directions."""
-    found: dict[int, list[Step]] = {}
-    for record in journal:
-        found.setdefault(len(record.slopes), []).append(record)
-    return list(found.values())
-
-
 def plot(run: Run, path: Path | None = None) -> Path:
-    """Held-out loss with its error band, training loss, |d| under its clip, and step size, as one PNG."""
+    """Held-out loss with its error band, training loss, and what the method did, as one PNG."""
     journal, evaluations = run.journal(), run.evaluations()
     steps = np.array([r.step + 1 for r in journal])
     figure = Figure(figsize=(11, 7), dpi=110, layout="constrained")
-    held, train, slope, size = figure.subplots(2, 2).flat
+    held, train, method, size = figure.subplots(2, 2).flat
     if evaluations:
         x = np.array([e["step"] for e in evaluations])
         mean = np.array([e["loss"] if e["loss"] is not None else np.nan for e in evaluations])
@@ -53,22 +45,14 @@ def plot(run: Run, path: Path | None = None) -> Path:
     train.plot(steps, loss, color=RAW, lw=0.8, label="every step")
     train.plot(steps, smooth(loss), color=LINE, label="smoothed")
     train.set_title("Training loss")
-    flat = [(r.step + 1, abs(d)) for r in journal for d in r.slopes if math.isfinite(d)]
-    if flat:
-        slope.plot(*zip(*flat, strict=True), ",", color="#8a8fb0", label="|d|")
-        for i, level in enumerate(by_level(journal)):
-            slope.plot([r.step + 1 for r in level], [r.clip for r in level], color=MARK, label=None if i else "clip C")
-        slope.set_yscale("log")
-    slope.set_title("Directional derivatives and their clip")
-    for level, colour in zip(by_level(journal), cycle((LINE, MARK, "#3a8f7a")), strict=False):
-        label = f"{len(level[0].slopes)} directions"
-        size.plot([r.step + 1 for r in level], [r.step_size or np.nan for r in level], color=colour, label=label)
-    size.set_yscale("log")
-    size.set_title("Step size")
-    for axes in (train, slope, size):
+    if journal and isinstance(journal[0], Move):
+        _moves(journal, method, size)
+    else:
+        _slopes(journal, method, size)
+    for axes in (train, method, size):
         if axes.get_legend_handles_labels()[0]:
             axes.legend(frameon=False)
-    for axes in (held, train, slope, size):
+    for axes in (held, train, method, size):
         axes.set_xlabel("step")
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(color="#eeeeee")
@@ -77,3 +61,27 @@ def plot(run: Run, path: Path | None = None) -> Path:
     path = path or run.plot_file
     write_atomic(path, buffer.getvalue())
     return path
+
+
+def _slopes(journal: list[Step], method: Axes, size: Axes) -> None:
+    flat = [(r.step + 1, abs(d)) for r in journal for d in r.slopes if math.isfinite(d)]
+    if flat:
+        method.plot(*zip(*flat, strict=True), ",", color="#8a8fb0", label="|d|")
+        method.plot([r.step + 1 for r in journal], [r.clip for r in journal], color=MARK, label="clip C")
+        method.set_yscale("log")
+    method.set_title("Directional derivatives and their clip")
+    size.plot([r.step + 1 for r in journal], [r.step_size or np.nan for r in journal], color=LINE)
+    size.set_yscale("log")
+    size.set_title("Step size")
+
+
+def _moves(journal: list[Move], method: Axes, size: Axes) -> None:
+    made = [r for r in journal if r.tried]
+    method.plot(
+        [r.step + 1 for r in made], [100 * (1 - min(r.tried) / r.tried[0]) for r in made], "o-", ms=3, color=LINE
+    )
+    method.set_title("What a step gains on pictures that it was not made from, in percent of their loss")
+    size.plot([r.step + 1 for r in made], [r.size or np.nan for r in made], "o-", ms=3, color=LINE, label="move (rms)")
+    size.plot([r.step + 1 for r in made], [r.damping or np.nan for r in made], ".", color=MARK, label="damping")
+    size.set_yscale("log")
+    size.set_title("Size of the move, and its damping")

@@ -247,18 +247,19 @@ def evaluate(
     chunk: int | None = None,
     prefix: Prefix | None = None,
 ) -> Tensor:
-    """One loss per row of the stacked batch, fp32 or wider, [R].
+    """One loss, or one error vector, per row of the stacked batch, fp32 or wider: [R] or [R, m].
 
-    loss(sample) gets the example index of every row [r] and returns r losses of the dressed model. `chunk` bounds
-    the rows of one forward pass, and `prefix` runs the blocks that no probe reaches once an example: the result depends
-    on neither beyond the rounding of differently shaped matmuls.
+    loss(sample) gets the example index of every row [r] and returns the losses or errors [r, ...] of the dressed model.
+    `chunk` bounds the rows of one forward pass, and `prefix` runs the blocks that no probe reaches once an example: the
+    result depends on neither beyond the rounding of differently shaped matmuls.
     """
     losses = []
     if prefix:
+        examples, which = probes.sample.unique(return_inverse=True)
         with space.dressed(theta):
-            output = prefix.run(loss, torch.arange(int(probes.sample.max()) + 1), chunk)
+            output = prefix.run(loss, examples, chunk)
     for rows in torch.arange(len(probes.sign)).split(chunk or len(probes.sign)):
         part = probes.rows(rows)
-        with space.dressed(theta, part), prefix.replayed(output, part.sample) if prefix else nullcontext():
+        with space.dressed(theta, part), prefix.replayed(output, which[rows]) if prefix else nullcontext():
             losses.append(loss(part.sample))
     return torch.cat(losses)

@@ -34,20 +34,22 @@ class Recipe:
     quantization: str = setting("nf4", "how weights are stored", choices=("nf4", "fp4", "int8"))
     resolution: str = setting("", "512, or WIDTHxHEIGHT buckets such as 64x64,64x96; empty: from the model")
     # How long
-    steps: int = setting(300, "steps of the run", low=1)
+    steps: int = setting(60, "steps of the run", low=1)
     batch_size: int = setting(16, "pictures in one step", low=1)
-    rows: int = setting(0, "rows of one forward pass, to bound memory; 0: the whole stacked batch", low=0)
+    rows: int = setting(0, "rows of one forward pass, to bound memory; 0: as many as a processor's caches like", low=0)
     # The method
     space: str = setting("gain", "what moves: gains per row, one scale per group, or the published absolute form",
                          choices=("gain", "group", "absolute"))  # fmt: skip
     depth: float = setting(0.34, "share of the blocks that is tuned, from the output; 1: every layer", low=0.02, high=1)
     columns: bool = setting(False, "gain space: one gain per group of inputs as well")
-    directions: int = setting(0, "directions per picture (else per step); 0: at the price of two forwards", low=0)
+    directions: int = setting(0, "gauss-newton: directions per level; else per picture in gain space, or per step; "
+                              "0: left to the method", low=0)  # fmt: skip
     noise: str = setting("rademacher", "kind of direction", choices=("rademacher", "gaussian"))
     eps: float = setting(0.01, "size of the perturbation; relative, but for the absolute form", low=1e-8, high=1.0)
     clip: float = setting(0.0, "clip of the directional derivative; 0: the running quantile", low=0.0)
     clip_quantile: float = setting(0.98, "quantile of |d| that the clip follows", low=0.5, high=1.0)
-    optimizer: str = setting("sgd", "rule of the update", choices=("sgd", "momentum", "adam"))
+    optimizer: str = setting("gauss-newton", "from passes to an update: the errors' own shape, or slopes of the loss",
+                             choices=("gauss-newton", "sgd", "momentum", "adam"))  # fmt: skip
     momentum: float = setting(0.9, "memory of the update's average", low=0.0, high=0.9999)
     step_size: float = setting(0.0, "step size; 0: found by the run itself", low=0.0)
     search_every: int = setting(10, "steps between two line searches for the step size", low=1)
@@ -62,11 +64,11 @@ class Recipe:
     shift: float = setting(0.0, "shift of the noise level; 0: from the model's scheduler", low=0.0, high=20)
     # What is looked at
     prompts: tuple[str, ...] = setting((), "preview prompts; empty: made from the captions")
-    preview_every: int = setting(100, "steps between previews; 0: only first and last", low=0)
+    preview_every: int = setting(10, "steps between previews; 0: only first and last", low=0)
     preview_steps: int = setting(20, "sampler steps of a preview", low=1, high=200)
     guidance: float = setting(4.0, "guidance scale of a preview", low=1.0, high=30.0)
     preview_seed: int = setting(42, "seed of the first preview; the next ones follow", low=0)
-    evaluate_every: int = setting(25, "steps between held-out losses", low=1)
+    evaluate_every: int = setting(1, "steps between held-out losses", low=1)
     evaluate_items: int = setting(64, "fixed (picture, noise level, noise) items of the held-out loss", low=8)
     # The machine
     seed: int = setting(0, "seed of the run", low=0, high=2**63 - 1)
@@ -76,6 +78,8 @@ class Recipe:
     def __post_init__(self) -> None:
         for f in fields(self):
             object.__setattr__(self, f.name, _checked(f, getattr(self, f.name)))
+        if self.optimizer == "gauss-newton" and self.space != "gain":
+            raise RecipeError(f'optimizer "gauss-newton" moves gains; with space = "{self.space}" choose "sgd"')
 
     def public(self) -> dict[str, Any]:
         """The settings that may leave the machine: without folders."""

@@ -26,8 +26,9 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from zo_engine import journal
 from zo_engine import recipe as recipes
-from zo_engine.journal import Step
+from zo_engine.journal import Record
 
 STATES = ("running", "stopped", "done", "failed")
 
@@ -138,12 +139,12 @@ class Run:
 
     # The journal
 
-    def append_step(self, record: Step) -> None:
+    def append_step(self, record: Record) -> None:
         _append(self.journal_file, record.to_json())
 
-    def journal(self) -> list[Step]:
+    def journal(self) -> list[Record]:
         """Every whole line; a last line torn by a crash is left out. Raises RunError for damage before that."""
-        return [Step.from_json(line) for line in self._lines(self.journal_file)]
+        return [journal.read(line) for line in self._lines(self.journal_file)]
 
     def append_evaluation(self, facts: dict[str, Any]) -> None:
         _append(self.evaluations_file, json.dumps(facts))

@@ -6,23 +6,23 @@ style belongs to, by a hash of its quantised codes and scales, and how it was ma
 """
 
 import json
-from collections.abc import Sequence
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
 from zo_engine.blocks import levels
-from zo_engine.journal import Step, short
+from zo_engine.journal import Move, Record, Step, short
+from zo_engine.newton import DIRECTIONS, GaussNewton
 from zo_engine.probes import GainSpace, GroupSpace, Space
 from zo_engine.recipe import Recipe, RecipeError, make
 from zo_engine.run import write_atomic
 from zo_engine.scales import ScaleView
-from zo_engine.zo import ZO, Turns
+from zo_engine.zo import ZO
 
 FORMAT = "qzo-style-1"
 STRENGTHS = (0.0, 1.5)
@@ -50,66 +50,74 @@ def make_space(views: dict[str, ScaleView], recipe: Recipe) -> Space:
     return GroupSpace(views, relative=recipe.space == "group")
 
 
-def make_zo(space: Space, recipe: Recipe, device: torch.device | str = "cpu") -> Turns:
+def make_method(space: Space, recipe: Recipe, device: torch.device | str = "cpu") -> GaussNewton | ZO:
     """The method that a recipe describes, at step 0."""
-    found = levels(space.views, recipe.depth)
-    rows = recipe.batch_size if recipe.space == "gain" else 1
-    made = [
-        ZO(
-            space.layout.part(level.layers),
+    if recipe.optimizer == "gauss-newton":
+        return GaussNewton(
+            space.layout,
+            [space.layout.part(level.layers) for level in levels(space.views, recipe.depth)],
             seed=recipe.seed,
-            per_step=(recipe.directions or level.directions()) * rows,
+            per_part=recipe.directions or DIRECTIONS,
             kind=recipe.noise,
             eps=recipe.eps,
-            clip=recipe.clip,
-            clip_quantile=recipe.clip_quantile,
-            optimizer=recipe.optimizer,
-            momentum=recipe.momentum,
-            step_size=recipe.step_size,
-            search_every=recipe.search_every,
-            turn=turn,
-            turns=len(found),
             device=device,
         )
-        for turn, level in enumerate(found)
-    ]
-    return Turns(space.layout, made)
+    rows = recipe.batch_size if recipe.space == "gain" else 1
+    return ZO(
+        space.layout,
+        seed=recipe.seed,
+        per_step=(recipe.directions or max(1, round(1 / recipe.depth))) * rows,
+        kind=recipe.noise,
+        eps=recipe.eps,
+        clip=recipe.clip,
+        clip_quantile=recipe.clip_quantile,
+        optimizer=recipe.optimizer,
+        momentum=recipe.momentum,
+        step_size=recipe.step_size,
+        search_every=recipe.search_every,
+        device=device,
+    )
 
 
 def theta_tensors(space: Space, theta: Tensor) -> dict[str, Tensor]:
     return {name: part.contiguous() for name, part in space.layout.split(theta.cpu()).items()}
 
 
-def journal_tensors(journal: list[Step]) -> dict[str, Tensor]:
-    """Slopes in fp32 (exact, see `short`), the rest in fp64; a skipped step is a row of not-a-number."""
+def journal_tensors(journal: list[Record]) -> dict[str, Tensor]:
+    """A row a step: weights, or slopes, in fp32 (exact, see `short`), the rest in fp64; not-a-number where there is
+    nothing. Raises StyleError for an empty journal."""
     if not journal:
         raise StyleError("the run has not made a step yet, so there is no style to save")
-    none = (float("nan"),) * 4
+    if isinstance(journal[0], Move):
+        nothing = (float("nan"),) * max(len(r.weights) for r in journal)
+        return {"weights": torch.tensor([r.weights or nothing for r in journal], dtype=torch.float32)}
+    nothing = (float("nan"),) * 4
     return {
-        "slopes": torch.tensor([d for r in journal for d in r.slopes], dtype=torch.float32),
+        "slopes": torch.tensor([r.slopes for r in journal], dtype=torch.float32),
         "clip": torch.tensor([r.clip for r in journal], dtype=torch.float64),
         "step_size": torch.tensor([r.step_size for r in journal], dtype=torch.float64),
-        "search": torch.tensor([r.search or none for r in journal], dtype=torch.float64),
+        "search": torch.tensor([r.search or nothing for r in journal], dtype=torch.float64),
     }
 
 
-def journal_steps(tensors: dict[str, Tensor], per_step: Sequence[int]) -> list[Step]:
-    """The records that `journal_tensors` packed. Raises StyleError where parts are missing or of unequal length.
-
-    per_step: slopes in a step of each level, the levels taking turns.
-    """
-    wanted = {"slopes": 1, "clip": 1, "step_size": 1, "search": 2}
-    if {name: t.ndim for name, t in tensors.items()} != wanted:
-        raise StyleError("the style's journal is damaged: slopes, clip, step_size and search must be there")
-    steps = len(tensors["clip"])
-    counts = [per_step[i % len(per_step)] for i in range(steps)]
-    if {len(tensors["step_size"]), len(tensors["search"])} != {steps or -1} or len(tensors["slopes"]) != sum(counts):
-        raise StyleError(f"the style's journal is damaged: {sum(counts)} slopes in {steps} steps were expected")
-    rows = np.split(tensors["slopes"].numpy(), np.cumsum(counts)[:-1])
-    others = (tensors[name].tolist() for name in ("clip", "step_size", "search"))
+def journal_records(tensors: dict[str, Tensor]) -> list[Record]:
+    """The records that `journal_tensors` packed. Raises StyleError where parts are missing or of unequal length."""
+    form = {name: t.ndim for name, t in tensors.items()}
+    unknown = float("nan")  # the losses are not packed
+    if not all(len(t) for t in tensors.values()):
+        raise StyleError("the style's journal is damaged: it has no steps")
+    if form == {"weights": 2}:
+        rows = [tuple(short(w) for w in row) for row in tensors["weights"].numpy()]
+        return [Move(i, row if row and not math.isnan(row[0]) else (), unknown, unknown) for i, row in enumerate(rows)]
+    if form != {"slopes": 2, "clip": 1, "step_size": 1, "search": 2}:
+        raise StyleError("the style's journal is damaged: weights, or slopes, clip, step_size and search must be there")
+    if len({len(t) for t in tensors.values()}) != 1:
+        raise StyleError("the style's journal is damaged: its parts differ in length")
+    slopes, *others = (tensors[name] for name in ("slopes", "clip", "step_size", "search"))
+    rows = zip(slopes.numpy(), *(t.tolist() for t in others), strict=True)
     return [
-        Step(i, tuple(short(d) for d in row), clip, size, float("nan"), tuple(search) if search[0] == search[0] else ())
-        for i, (row, clip, size, search) in enumerate(zip(rows, *others, strict=True))
+        Step(i, tuple(short(d) for d in row), clip, size, unknown, tuple(search) if search[0] == search[0] else ())
+        for i, (row, clip, size, search) in enumerate(rows)
     ]
 
 
@@ -155,10 +163,13 @@ def theta_of(style: Style, space: Space, code_hash: str, device: torch.device | 
             "load the model it was made for, in the same quantisation"
         )
     if style.form == "journal":
-        zo = make_zo(space, style.recipe, device)
-        for record in journal_steps(style.tensors, [level.per_step for level in zo.levels]):
-            zo.apply(record)
-        return zo.theta
+        method = make_method(space, style.recipe, device)
+        try:
+            for record in journal_records(style.tensors):
+                method.apply(record)
+        except ValueError as error:
+            raise StyleError(f"the style's journal does not fit its recipe: {error}") from None
+        return method.theta
     wrong = {n for n, shape in space.layout.shapes.items() if n not in style.tensors or style.tensors[n].shape != shape}
     if wrong or len(style.tensors) != len(space.layout.shapes):
         raise StyleError(f"the style does not fit the model's layers: {sorted(wrong)[:3] or 'unknown extra tensors'}")

@@ -22,15 +22,18 @@ from torch import Tensor
 
 from zo_engine import cache, dataset, models, pictures, plots
 from zo_engine.blocks import Prefix, levels
-from zo_engine.journal import Step, short
+from zo_engine.journal import Record, short
+from zo_engine.newton import FRESH, GaussNewton
 from zo_engine.probes import Probes, Space, evaluate
 from zo_engine.recipe import Recipe, RecipeError
 from zo_engine.run import Run, write_atomic
 from zo_engine.scales import find_scales, prove_live
-from zo_engine.style import Style, journal_tensors, make_space, make_zo, save_style, theta_tensors
+from zo_engine.style import Style, journal_tensors, make_method, make_space, save_style, theta_tensors
 from zo_engine.tasks.diffusion import SEARCH, TRAINING, Diffusion, Example, answers, sample
 from zo_engine.zo import trapezoid
 
+TOKENS = 4608  # of one forward pass, where the recipe does not say how many rows: what the caches of a processor like
+TELL = 1.0  # seconds between two reports of a long step
 PATIENCE = 20  # steps in a row without a finite loss, after which a run gives up
 
 
@@ -204,9 +207,10 @@ class Training:
 
     def __init__(self, run: Run, studio: Studio):
         self.run, self.studio, self.recipe = run, studio, studio.recipe
-        self.zo = make_zo(studio.space, self.recipe, studio.transformer.device)
-        self.levels = levels(studio.space.views, self.recipe.depth)
-        self.prefixes = [Prefix(studio.transformer, level) if level.first else None for level in self.levels]
+        self.method = make_method(studio.space, self.recipe, studio.transformer.device)
+        found = levels(studio.space.views, self.recipe.depth)
+        self.prefixes = [Prefix(studio.transformer, level) if level.first else None for level in found]
+        self.rows = self.recipe.rows or max(1, TOKENS // studio.task.tokens())
         self.items = studio.task.evaluation(self.recipe.evaluate_items)
         self.best = (math.inf, 0)  # held-out loss and step
         self.start: list[float] = []  # held-out items before the first step
@@ -220,41 +224,55 @@ class Training:
         if checkpoint := _read_checkpoint(self.run.last_file):
             tensors, scalars = checkpoint
             if scalars["step"] <= len(journal):
-                self.zo.restore(tensors, scalars, journal)
-        for record in journal[self.zo.step :]:
-            self.zo.apply(record)
-        self.run.trim(self.zo.step)
+                self.method.restore(tensors, scalars, journal)
+        for record in journal[self.method.step :]:
+            self.method.apply(record)
+        self.run.trim(self.method.step)
         for facts in self.run.evaluations():
             self._note(facts)
 
     # One step
 
-    def step(self) -> Step:
-        """From one batch to the next theta."""
-        recipe, task, step, theta = self.recipe, self.studio.task, self.zo.step, self.zo.theta
+    def step(self, part: Callable[[float], None] = lambda done: None) -> Record:
+        """From one batch to the next theta. part is told the share of the step that is done; whatever it raises ends
+        the step without a trace."""
+        recipe, task, step, theta = self.recipe, self.studio.task, self.method.step, self.method.theta
+
+        def evaluated(outputs: Callable, size: int, level: int, probes: Probes, fresh: bool) -> Tensor:
+            batch = task.batch(step, size, SEARCH if fresh else TRAINING)
+            rows = lambda index: outputs(batch.take(index.to(batch.latents.device)))  # noqa: E731
+            return evaluate(self.studio.space, theta, probes, rows, self.rows, self.prefixes[level])
+
+        if isinstance(self.method, GaussNewton):
+            made, total = 0, recipe.batch_size * self.method.cost()
+
+            def errors(level: int, probes: Probes, fresh: bool) -> Tensor:
+                nonlocal made
+                found = evaluated(task.errors, recipe.batch_size * (FRESH if fresh else 1), level, probes, fresh)
+                made += 0 if fresh else len(probes.sign)
+                part(made / total)
+                return found
+
+            return self.method.advance(errors, recipe.batch_size)
 
         def losses(probes: Probes, fresh: bool) -> Tensor:
-            batch = task.batch(step, recipe.batch_size, SEARCH if fresh else TRAINING)
-            rows = lambda index: task.losses(batch.take(index.to(batch.latents.device)))  # noqa: E731
-            probes = dataclasses.replace(probes, layout=self.zo.due.layout)
-            prefix = self.prefixes[step % len(self.prefixes)]
-            return evaluate(self.studio.space, theta, probes, rows, recipe.rows or None, prefix).cpu()
+            return evaluated(task.losses, recipe.batch_size, -1, probes, fresh).cpu()
 
         schedule = trapezoid(step, recipe.steps, recipe.warmup, recipe.decay)
-        return self.zo.advance(losses, recipe.batch_size, recipe.space == "gain", schedule)
+        return self.method.advance(losses, recipe.batch_size, recipe.space == "gain", schedule)
 
     # Once in a while
 
     @torch.no_grad()
     def evaluate(self) -> None:
         """The held-out loss of theta as it stands; the best theta is kept."""
-        with self.studio.space.folded(self.zo.theta):
-            parts = [self.studio.task.losses(b) for batch in self.items for b in _pieces(batch, self.recipe.rows)]
+        with self.studio.space.folded(self.method.theta):
+            parts = [self.studio.task.losses(b) for batch in self.items for b in _pieces(batch, self.rows)]
         items = [short(x) for x in torch.cat(parts).tolist()]
         start = self.start or items
         change = np.subtract(items, start) if np.isfinite(items + start).all() else np.full(len(items), np.nan)
         facts = {
-            "step": self.zo.step,
+            "step": self.method.step,
             "loss": float(np.mean(items)),
             "error": float(np.std(items, ddof=1) / len(items) ** 0.5),
             "change": float(change.mean()),  # against the start, item by item: its error is far smaller
@@ -265,7 +283,7 @@ class Training:
         facts["items"] = [v if math.isfinite(v) else None for v in items]
         self.run.append_evaluation(facts)
         if self._note(facts):
-            _write_checkpoint(self.run.best_file, {"theta": self.zo.theta}, {"step": self.zo.step})
+            _write_checkpoint(self.run.best_file, {"theta": self.method.theta}, {"step": self.method.step})
 
     def _note(self, facts: dict) -> bool:
         """Take in an evaluation; True if it is the best so far."""
@@ -279,22 +297,22 @@ class Training:
 
     def preview(self) -> Path:
         """The preview prompts with their fixed seeds, as single pictures and as one sheet."""
-        with self.studio.space.folded(self.zo.theta):
+        with self.studio.space.folded(self.method.theta):
             images = self.studio.sample()
-        folder = self.run.previews / f"{self.zo.step:06d}"
+        folder = self.run.previews / f"{self.method.step:06d}"
         for i, (image, prompt) in enumerate(zip(images, self.studio.prompts, strict=True)):
             pictures.save_png(image, folder / f"{i:02d}.png", prompt=prompt, seed=self.recipe.preview_seed + i)
         rows = [images[i : i + 8] for i in range(0, len(images), 8)]
-        return pictures.save_png(pictures.grid(rows, side=96), self.run.preview_file(self.zo.step))
+        return pictures.save_png(pictures.grid(rows, side=96), self.run.preview_file(self.method.step))
 
     def checkpoint(self) -> None:
-        _write_checkpoint(self.run.last_file, *self.zo.state())
+        _write_checkpoint(self.run.last_file, *self.method.state())
 
     def save_style(self) -> Path:
         """The style as theta and as journal, both of the best step by held-out loss."""
         step = self.best[1]
-        theta = self.zo.theta
-        if step != self.zo.step and (checkpoint := _read_checkpoint(self.run.best_file)):
+        theta = self.method.theta
+        if step != self.method.step and (checkpoint := _read_checkpoint(self.run.best_file)):
             theta = checkpoint[0]["theta"]
         facts = {
             "trigger": self.recipe.trigger,
@@ -317,7 +335,7 @@ class Training:
 
 
 def _pieces(batch, rows: int) -> Iterator:
-    for index in torch.arange(len(batch.sigma)).split(rows or len(batch.sigma)):
+    for index in torch.arange(len(batch.sigma)).split(rows):
         yield batch.take(index.to(batch.sigma.device))
 
 
@@ -354,51 +372,72 @@ def stop_signals() -> Iterator[threading.Event]:
             signal.signal(number, handler)
 
 
+class _Halted(Exception):
+    """A step was given up half-way: the run was asked to stop."""
+
+
 def train(run: Run, studio: Studio, report: Callable[[dict], None], stop: threading.Event) -> str:
     """Train to the recipe's end, or until `stop` is set: returns the state, "done" or "stopped".
 
-    report gets the figures of every step. Raises TrainingError when losses stay not finite.
-    The caller holds `run.lock()`.
+    report gets the figures of every step, and of a long step's parts: "part" is the share of the next step that is
+    done. A stop does not wait for the end of a step: a step is a function of its number, and made again as if never
+    begun. Raises TrainingError when losses stay not finite. The caller holds `run.lock()`.
     """
     recipe = studio.recipe
     training = Training(run, studio)
     training.resume()
-    zo = training.zo
-    began, first, bad = time.monotonic(), zo.step, 0
-    if zo.step:
-        run.log(f"resumed from step {zo.step}")
-    facts = {"step": zo.step, "steps": recipe.steps}
+    method = training.method
+    began, first, bad = time.monotonic(), method.step, 0
+    if method.step:
+        run.log(f"resumed from step {method.step}")
+    facts = {"step": method.step, "steps": recipe.steps, "part": 0.0, "loss": None, "held_out": None}
+    told = time.monotonic()
+
+    def tell(part: float) -> None:
+        nonlocal told
+        if stop.is_set():
+            raise _Halted
+        if time.monotonic() - told > TELL:
+            told = time.monotonic()
+            pace = (told - began) / (method.step + part - first)
+            left = {"part": part, "seconds_per_step": pace, "remaining": pace * (recipe.steps - method.step - part)}
+            run.write_status("running", **facts | left | {"held_out": training.held_out})
+            report(facts | left | {"held_out": training.held_out})
+
     run.write_status("running", **facts)
     while True:
-        at_end = zo.step >= recipe.steps
-        if zo.step % recipe.evaluate_every == 0 or at_end:
-            if not any(e["step"] == zo.step for e in run.evaluations()):
+        at_end = method.step >= recipe.steps
+        if method.step % recipe.evaluate_every == 0 or at_end:
+            if not any(e["step"] == method.step for e in run.evaluations()):
                 training.evaluate()
             training.checkpoint()
-        due = zo.step == 0 or at_end or (recipe.preview_every and zo.step % recipe.preview_every == 0)
-        if due and not run.preview_file(zo.step).exists():
+        due = method.step == 0 or at_end or (recipe.preview_every and method.step % recipe.preview_every == 0)
+        if due and not run.preview_file(method.step).exists():
             training.preview()
         if at_end or stop.is_set():
             break
-        record = training.step()
+        try:
+            record = training.step(tell)
+        except _Halted:
+            break
         run.append_step(record)
         bad = bad + 1 if record.skipped else 0
         if record.skipped:
-            run.log(f"step {record.step}: a loss was not finite; theta unchanged, {zo.skipped} steps skipped so far")
+            run.log(f"step {record.step}: a loss was not finite; theta unchanged, {method.skipped} skipped so far")
         if bad >= PATIENCE:
             raise TrainingError(
                 f'{PATIENCE} steps in a row had a loss that was not finite; try dtype = "float32" or a smaller eps'
             )
-        pace = (time.monotonic() - began) / (zo.step - first)
+        pace = (time.monotonic() - began) / (method.step - first)
         facts = {
-            "step": zo.step,
+            "step": method.step,
             "steps": recipe.steps,
+            "part": 0.0,
             "loss": record.loss,
             "held_out": training.held_out,
-            "step_size": record.step_size,
             "seconds_per_step": pace,
-            "remaining": pace * (recipe.steps - zo.step),
-            "skipped": zo.skipped,
+            "remaining": pace * (recipe.steps - method.step),
+            "skipped": method.skipped,
             "memory": memory(studio.transformer.device),
         }
         run.write_status("running", **facts)
@@ -407,9 +446,9 @@ def train(run: Run, studio: Studio, report: Callable[[dict], None], stop: thread
     training.save_style()
     plots.plot(run)
     state = "done" if at_end else "stopped"
-    facts |= {"held_out": training.held_out, "skipped": zo.skipped, "remaining": 0.0}
+    facts |= {"part": 0.0, "held_out": training.held_out, "skipped": method.skipped, "remaining": 0.0}
     run.write_status(state, **facts, best_step=training.best[1], best_held_out=training.best[0])
-    run.log(f"{state} at step {zo.step}; best held-out loss {training.best[0]:.6g} at step {training.best[1]}")
+    run.log(f"{state} at step {method.step}; best held-out loss {training.best[0]:.6g} at step {training.best[1]}")
     return state
 
 

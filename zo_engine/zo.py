@@ -135,17 +135,14 @@ class ZO:
         second: float = 0.99,
         step_size: float = 0.0,
         search_every: int = 10,
-        turn: int = 0,
-        turns: int = 1,
         device: torch.device | str = "cpu",
     ):
-        """turn, turns: it makes the steps turn, turn + turns, turn + 2 turns, ... of a run. per_step: directions in
-        one step. clip: a fixed C, or 0 for the running quantile `clip_quantile` of |d|.
+        """per_step: directions in one step. clip: a fixed C, or 0 for the running quantile `clip_quantile` of |d|.
         step_size: a fixed step, or 0 to find it by a line search every `search_every` steps."""
         self.layout, self.seed, self.per_step, self.kind, self.eps = layout, seed, per_step, kind, eps
         self.clip, self.clip_quantile = clip, clip_quantile
         self.theta = torch.zeros(layout.size, device=device)
-        self.step, self.turn, self.turns, self.skipped = turn, turn, turns, 0
+        self.step = self.skipped = 0
         self.update = Update(optimizer, layout.size, device, momentum, second)
         self.fixed = step_size
         self.search = StepSize(search_every)
@@ -172,7 +169,7 @@ class ZO:
 
     def searches(self) -> bool:
         """Whether this step makes a line search along `update.fresh`: never along nothing."""
-        due = self.search.value is None or self.search.due(self.step // self.turns)
+        due = self.search.value is None or self.search.due(self.step)
         return not self.fixed and due and bool(self.update.fresh.any())
 
     def advance(
@@ -222,7 +219,7 @@ class ZO:
         """theta <- theta - step_size * U."""
         self.theta = self.theta - descent * _fp32(record.step_size)
         self.recent.extend(record.slopes)
-        self.step += self.turns
+        self.step += 1
 
     def apply(self, record: Step) -> None:
         """Replay one record of the journal. Raises ValueError if it is not the next one."""
@@ -237,7 +234,7 @@ class ZO:
 
     def skip(self) -> None:
         """A step with a loss that is not finite: theta and all averages stay as they are; it is counted."""
-        self.step += self.turns
+        self.step += 1
         self.skipped += 1
 
     # A checkpoint only saves time: replaying the journal from the start gives the same bits.
@@ -258,60 +255,9 @@ class ZO:
         self.update.count = int(scalars["updates"])
         self.search.restore(scalars)
         self.recent.clear()
-        for record in journal[self.turn : self.step : self.turns]:
+        for record in journal[: self.step]:
             if not record.skipped:
                 self.recent.extend(record.slopes)
-
-
-class Turns:
-    """The levels of a model taking turns: each a ZO with its own step size, clip and averages. theta is all of it."""
-
-    def __init__(self, layout: Layout, levels: list[ZO]):
-        """layout: of the whole theta; the levels' tensors make it up."""
-        self.layout, self.levels, self.step = layout, levels, 0
-
-    @property
-    def due(self) -> ZO:
-        """The level whose turn it is."""
-        return self.levels[self.step % len(self.levels)]
-
-    @property
-    def theta(self) -> Tensor:
-        """[layout.size], as the levels stand now."""
-        parts = {name: t for zo in self.levels for name, t in zo.layout.split(zo.theta).items()}
-        return torch.cat([parts[name].flatten() for name in self.layout.shapes])
-
-    @property
-    def skipped(self) -> int:
-        return sum(zo.skipped for zo in self.levels)
-
-    def advance(
-        self, losses: Callable[[Probes, bool], Tensor], batch: int, own: bool = True, schedule: float = 1.0
-    ) -> Step:
-        """As `ZO.advance`, by the level whose turn it is."""
-        record = self.due.advance(losses, batch, own, schedule)
-        self.step += 1
-        return record
-
-    def apply(self, record: Step) -> None:
-        """Replay one record of the journal. Raises ValueError if it is not the next one."""
-        self.due.apply(record)
-        self.step += 1
-
-    def state(self) -> tuple[dict[str, Tensor], dict[str, float]]:
-        """(tensors, scalars) that `restore` takes."""
-        tensors, scalars = {}, {"step": self.step}
-        for i, (own, numbers) in enumerate(zo.state() for zo in self.levels):
-            tensors |= {f"{i}.{name}": t for name, t in own.items()}
-            scalars |= {f"{i}.{name}": x for name, x in numbers.items()}
-        return tensors, scalars
-
-    def restore(self, tensors: dict[str, Tensor], scalars: dict[str, float], journal: list[Step]) -> None:
-        """Take up a state; `journal` holds at least the records up to its step."""
-        self.step = int(scalars["step"])
-        for i, zo in enumerate(self.levels):
-            mine = lambda found: {k.removeprefix(f"{i}."): v for k, v in found.items() if k.startswith(f"{i}.")}  # noqa: B023, E731
-            zo.restore(mine(tensors), mine(scalars), journal)
 
 
 def _fp32(value: float) -> float:

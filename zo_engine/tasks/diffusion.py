@@ -56,17 +56,23 @@ def predicted(
     )[0]
 
 
-def flow_losses(model: nn.Module, batch: Batch, dtype: torch.dtype, train_timesteps: int = 1000) -> Tensor:
-    """Mean squared error of the predicted velocity, one per sample [B], reduced in fp32 (fp64 stays fp64).
+def flow_errors(model: nn.Module, batch: Batch, dtype: torch.dtype, train_timesteps: int = 1000) -> Tensor:
+    """Error of the predicted velocity, scaled so that its squared norm is the mean squared error, [B, C * h * w] in
+    fp32 (fp64 stays fp64).
 
-    As diffusers' train_dreambooth_lora_sd3.py with `precondition_outputs=0` and weighting 1.
+    The loss is that of diffusers' train_dreambooth_lora_sd3.py with `precondition_outputs=0` and weighting 1.
     """
     sigma = batch.sigma.view(-1, 1, 1, 1)
     noisy = (1 - sigma) * batch.latents + sigma * batch.noise
     velocity = predicted(model, noisy, batch.sigma, batch.prompt, batch.pooled, dtype, train_timesteps)
     wide = torch.promote_types(velocity.dtype, torch.float32)
-    error = velocity.to(wide) - (batch.noise - batch.latents).to(wide)
-    return error.square().flatten(1).mean(1)
+    error = (velocity.to(wide) - (batch.noise - batch.latents).to(wide)).flatten(1)
+    return error / error.shape[1] ** 0.5
+
+
+def flow_losses(model: nn.Module, batch: Batch, dtype: torch.dtype) -> Tensor:
+    """Mean squared error of the predicted velocity, one per sample [B]."""
+    return flow_errors(model, batch, dtype).square().sum(1)
 
 
 def shifted(sigma: np.ndarray, shift: float) -> np.ndarray:
@@ -154,8 +160,19 @@ class Diffusion:
             batches.append(self._batch(examples, self._rng(HELD_OUT, number), 0.5, 0.0))
         return batches
 
+    def errors(self, batch: Batch) -> Tensor:
+        """[B, m]: see `flow_errors`."""
+        return flow_errors(self.model, batch, self.dtype)
+
     def losses(self, batch: Batch) -> Tensor:
-        return flow_losses(self.model, batch, self.dtype)
+        """[B]: the squared norms of the errors."""
+        return self.errors(batch).square().sum(1)
+
+    def tokens(self) -> int:
+        """Tokens of the longest sequence that the transformer sees: patches of the largest picture, and text."""
+        patch = self.model.config.patch_size
+        largest = max(h * w for _, h, w in self.train)
+        return largest // patch**2 + len(self.empty[0])
 
 
 def _turns(rng: np.random.Generator, count: int, wanted: int) -> list[int]:

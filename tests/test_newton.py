@@ -1,0 +1,341 @@
+"""Gauss-Newton against what is known exactly: the damped solution, the Jacobian, bowls, and the journal."""
+
+import hashlib
+import json
+import math
+import os
+import tempfile
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from exact import exact_net, net_inputs, quantised_net
+
+from zo_engine.blocks import Prefix, levels
+from zo_engine.journal import Move, read
+from zo_engine.models import load_transformer
+from zo_engine.newton import DAMPINGS, FRESH, GaussNewton
+from zo_engine.noise import Layout
+from zo_engine.probes import GainSpace, evaluate
+from zo_engine.recipe import Recipe
+from zo_engine.scales import find_scales
+from zo_engine.style import journal_records, journal_tensors, make_space
+from zo_engine.zo import ZO
+
+GOLDEN = Path(__file__).parent / "golden"
+BATCH = 3
+
+
+def method(size=20, **settings):
+    layout = Layout({"a.rows": (size // 2,), "b.rows": (size - size // 2,)})
+    return GaussNewton(layout, [layout.part(["b"]), layout.part(["a"])], **{"seed": 3, "per_part": 4} | settings)
+
+
+def at(newton, probes):
+    """[R, n] the theta of every row, in fp64."""
+    theta = newton.theta.double().repeat(len(probes.sign), 1)
+    where = newton.layout.index(probes.layout)
+    theta[:, where] += probes.z.double()[probes.direction] * (probes.eps * probes.sign.double())[:, None]
+    return theta
+
+
+def least_squares(matrices, targets):
+    """errors(newton) of `A theta - b`, each example with its own A [B, m, n] and b [B, m]; fresh ones are the same."""
+
+    def of(newton):
+        def errors(part, probes, fresh):
+            example = probes.sample % len(matrices)
+            return torch.einsum("rmn,rn->rm", matrices[example], at(newton, probes)) - targets[example]
+
+        return errors
+
+    return of
+
+
+def problem(size=20, errors=30, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    draw = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64)  # noqa: E731
+    return draw(BATCH, errors, size), draw(BATCH, errors)
+
+
+# A step
+
+
+def test_a_step_is_the_damped_solution_in_the_span_of_its_directions():
+    matrices, targets = problem()
+    newton = method()
+    span = torch.zeros(8, 20, dtype=torch.float64)
+    span[:4, 10:], span[4:, :10] = (z.double() for z in newton.directions())
+    record = newton.advance(least_squares(matrices, targets)(newton), BATCH)
+    jacobian = matrices @ span.T
+    gram = torch.einsum("bmk,bml->kl", jacobian, jacobian) / BATCH
+    slope = -torch.einsum("bmk,bm->k", jacobian, targets) / BATCH
+    damped = gram + record.damping * gram.diagonal().mean() * torch.eye(8)
+    expected = -torch.linalg.solve(damped, slope) @ span
+    torch.testing.assert_close(newton.theta.double(), expected, rtol=1e-4, atol=1e-6)
+    assert record.damping == min(DAMPINGS)  # the model is exact, so the boldest move is the best
+    losses = lambda theta: ((matrices @ theta - targets) ** 2).sum(1).mean().item()  # noqa: E731
+    assert record.tried[0] == pytest.approx(losses(torch.zeros(20, dtype=torch.float64)), rel=1e-6)
+    assert min(record.tried) == pytest.approx(losses(newton.theta.double()), rel=1e-6)
+    assert record.loss == pytest.approx(record.tried[0], rel=1e-6)
+    assert record.size == pytest.approx(newton.theta.square().mean().sqrt().item(), rel=1e-6)
+
+
+def test_the_model_of_the_loss_is_that_of_the_exact_jacobian():
+    """On quantised layers in fp64, against automatic differentiation of the folded expression."""
+    net, views = exact_net(quantised_net("nf4"))
+    space = GainSpace(views)
+    tokens, pooled, target = net_inputs(BATCH, torch.float64)
+    newton = GaussNewton(space.layout, [space.layout], seed=1, per_part=6, eps=1e-6)
+    newton.theta = torch.linspace(-0.3, 0.3, space.layout.size, dtype=torch.float64)
+
+    def error(sample):
+        return (net(tokens[sample], pooled[sample]) - target[sample]).flatten(1)
+
+    def errors(part, probes, fresh):
+        return evaluate(space, newton.theta, probes, error)
+
+    gram, slope, loss = newton._model(errors, BATCH)
+    (z,) = newton.directions()
+
+    def folded(weights):
+        with space.folded(newton.theta + weights @ z.double()):
+            return error(torch.arange(BATCH))
+
+    step = 1e-6 * torch.eye(6, dtype=torch.float64)
+    columns = torch.stack([(folded(h) - folded(-h)).flatten() / 2e-6 for h in step])
+    centre = folded(torch.zeros(6, dtype=torch.float64)).flatten()
+    torch.testing.assert_close(gram, columns @ columns.T / BATCH, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(slope, columns @ centre / BATCH, rtol=1e-3, atol=1e-4)
+    assert loss == pytest.approx(centre.square().sum().item() / BATCH, rel=1e-5)
+
+
+def test_nothing_tuned_an_ill_conditioned_bowl_is_solved_where_slopes_crawl():
+    """Curvatures from 1 to 1e-4: at equal passes, descent along slopes leaves more than ten times as much."""
+    size = 40
+    matrices = torch.diag(torch.logspace(0, -2, size, dtype=torch.float64)).repeat(BATCH, 1, 1)
+    minimum = torch.full((size,), 0.5, dtype=torch.float64)
+    targets = (matrices @ minimum).float().double()
+    newton = method(size, per_part=10)
+    errors, passes = least_squares(matrices, targets)(newton), 0
+    for _ in range(40):
+        newton.advance(errors, BATCH)
+        passes += newton.cost() + FRESH * (len(DAMPINGS) + 1)
+    left = lambda theta: ((matrices[0] @ theta.double() - targets[0]) ** 2).sum().item()  # noqa: E731
+    start = left(torch.zeros(size))
+
+    descent = ZO(newton.layout, seed=3, per_step=2 * BATCH)
+
+    def losses(probes, fresh):
+        theta = descent.theta.double() + probes.z.double()[probes.direction] * (
+            probes.eps * probes.sign.double()[:, None]
+        )
+        return ((matrices[0] @ theta.T - targets[0][:, None]) ** 2).sum(0)
+
+    for _ in range(passes // (2 * 2 + 1)):
+        descent.advance(losses, BATCH)
+    assert left(newton.theta) < 1e-3 * start
+    assert left(newton.theta) < 0.1 * left(descent.theta) < start
+
+
+def test_a_move_that_fresh_examples_refute_is_not_made():
+    newton = method()
+
+    def errors(part, probes, fresh):
+        return at(newton, probes) + (-1.0 if fresh else 1.0)  # the fresh minimum lies on the other side
+
+    record = newton.advance(errors, BATCH)
+    assert not newton.theta.any() and newton.step == 1
+    assert not record.skipped and record.damping == record.size == 0 and not any(record.weights)
+    assert min(record.tried) == record.tried[0]
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("fresh", [False, True])
+def test_an_error_that_is_not_finite_changes_nothing_or_is_not_chosen(bad, fresh):
+    newton = method()
+    good = least_squares(*problem())(newton)
+    newton.advance(good, BATCH)
+    before = newton.theta.clone()
+
+    def errors(part, probes, is_fresh):
+        found = good(part, probes, is_fresh)
+        if is_fresh == fresh:
+            found[-1, 2] = bad  # of the batch: a probe; of the fresh ones: the most careful damping
+        return found
+
+    record = newton.advance(errors, BATCH)
+    assert record.skipped == (not fresh)
+    assert torch.equal(newton.theta, before) == record.skipped
+    assert (newton.step, newton.skipped) == (2, int(not fresh))
+    assert newton.theta.isfinite().all()
+
+
+def test_a_flat_loss_moves_nothing_far():
+    newton = method()
+    for _ in range(2):
+        newton.advance(lambda part, probes, fresh: torch.ones(len(probes.sign), 5), BATCH)
+    assert not newton.theta.any()
+
+
+def test_a_part_has_no_more_directions_than_elements():
+    newton = method(6, per_part=100)
+    assert newton.per_part == [3, 3] and [z.shape for z in newton.directions()] == [(3, 3), (3, 3)]
+    assert newton.cost() == 8
+
+
+# The journal is the run
+
+
+def rough(newton, bad=(2, 5)):
+    """A curved valley with a hole in some steps."""
+
+    def errors(part, probes, fresh):
+        theta = at(newton, probes)
+        found = torch.cat([theta - 0.3, 0.5 * torch.sin(3 * theta) + theta.roll(1, 1)], 1)
+        if newton.step in bad and not fresh:
+            found[0, 0] = math.nan
+        return found
+
+    return errors
+
+
+def live(steps=9, **settings):
+    newton = method(**settings)
+    return newton, [newton.advance(rough(newton), BATCH) for _ in range(steps)]
+
+
+def lines(journal):
+    return [record.to_json() for record in journal]
+
+
+def through_json(journal):
+    return [read(json.dumps(json.loads(record.to_json()))) for record in journal]
+
+
+def through_style(journal):
+    return journal_records(journal_tensors(journal))
+
+
+@pytest.mark.parametrize("form", [through_json, through_style])
+@pytest.mark.parametrize("kind", ["rademacher", "gaussian"])
+def test_replaying_the_journal_gives_the_run_bit_for_bit(kind, form):
+    newton, journal = live(kind=kind)
+    assert newton.skipped == 2 and newton.theta.any() and [r.skipped for r in journal].count(True) == 2
+    again = method(kind=kind)
+    for record in form(journal):
+        again.apply(record)
+    assert torch.equal(again.theta, newton.theta) and (again.step, again.skipped) == (9, 2)
+
+
+def test_json_keeps_every_number():
+    _, journal = live()
+    assert lines(through_json(journal)) == lines(journal)
+    assert [r for r in through_json(journal) if not r.skipped] == [r for r in journal if not r.skipped]
+
+
+@pytest.mark.parametrize("stop", [1, 3, 6])
+def test_a_run_that_was_stopped_goes_on_as_if_it_had_not_been(stop):
+    whole, journal = live()
+    first, _ = live(stop)
+    tensors, scalars = first.state()
+    second = method()
+    second.restore(tensors, {name: float(repr(value)) for name, value in scalars.items()}, journal[:stop])
+    goes_on = [second.advance(rough(second), BATCH) for _ in range(stop, 9)]
+    assert lines(goes_on) == lines(journal[stop:]) and torch.equal(second.theta, whole.theta)
+
+
+def test_records_that_do_not_fit_are_refused():
+    _, journal = live(2)
+    newton = method()
+    with pytest.raises(ValueError, match="jumps from step 0 to step 1"):
+        newton.apply(journal[1])
+    with pytest.raises(ValueError, match="step 0 has 3 weights, not 8"):
+        newton.apply(Move(0, (1.0, 2.0, 3.0), 0.1, 1.0))
+    assert newton.step == 0 and not newton.theta.any()
+
+
+# On a real transformer, and the golden journal
+
+
+def golden_method(model):
+    recipe = Recipe(images="none", depth=0.5, directions=12, seed=2024)
+    space = make_space(find_scales(model), recipe)
+    found = levels(space.views, recipe.depth)
+    parts = [space.layout.part(level.layers) for level in found]
+    newton = GaussNewton(space.layout, parts, seed=recipe.seed, per_part=recipe.directions)
+    return space, newton, [Prefix(model, level) for level in found]
+
+
+def golden_run(model, chunk=None, prefixed=True):
+    """Eight steps on the tiny NF4 transformer: fixed random inputs, the output's mean square as the loss."""
+    space, newton, prefixes = golden_method(model)
+    data = tiny.inputs(FRESH * 4, seed=1)
+
+    def error(sample):
+        output = model(**{name: value[sample] for name, value in data.items()}).sample.flatten(1)
+        return output / output.shape[1] ** 0.5
+
+    def errors(part, probes, fresh):
+        return evaluate(space, newton.theta, probes, error, chunk, prefixes[part] if prefixed else None)
+
+    return newton, [newton.advance(errors, 4) for _ in range(8)]
+
+
+def golden_journal():
+    return [read(line) for line in (GOLDEN / "newton.jsonl").read_text().splitlines()]
+
+
+def sha256(theta):
+    return hashlib.sha256(theta.numpy().astype("<f4").tobytes()).hexdigest()
+
+
+def test_the_golden_journal_replays_bit_for_bit(transformer):
+    _, newton, _ = golden_method(transformer("nf4"))
+    for record in golden_journal():
+        newton.apply(record)
+    assert newton.step == 8 and sha256(newton.theta) == (GOLDEN / "newton.sha256").read_text().strip()
+
+
+def test_a_live_run_still_writes_the_golden_journal(transformer):
+    """Up to what the last bits of the losses do to the solution."""
+    newton, journal = golden_run(transformer("nf4"))
+    golden = golden_journal()
+    assert [r.damping for r in journal] == [r.damping for r in golden]
+    assert [r.loss for r in journal] == pytest.approx([r.loss for r in golden], rel=1e-2)
+    assert golden[-1].loss < 0.8 * golden[0].loss
+
+
+def test_prefix_and_chunks_change_nothing_but_rounding(transformer):
+    plain, journal = golden_run(transformer("nf4"), prefixed=False)
+    chunked, again = golden_run(transformer("nf4"), chunk=5)
+    assert [r.loss for r in again] == pytest.approx([r.loss for r in journal], rel=1e-2)
+    torch.testing.assert_close(chunked.theta, plain.theta, rtol=0.1, atol=0.1 * plain.theta.abs().max().item())
+
+
+@pytest.mark.gpu
+def test_a_gpu_replays_the_same_bits(transformer):
+    _, newton, _ = golden_method(transformer("nf4"))
+    there = GaussNewton(newton.layout, newton.parts, seed=2024, per_part=12, device="cuda")
+    for record in golden_journal():
+        newton.apply(record)
+        there.apply(record)
+    assert torch.equal(newton.theta, there.theta.cpu())
+
+
+def write_golden():
+    with tempfile.TemporaryDirectory() as folder:
+        model = load_transformer(tiny.save_pipeline(Path(folder) / "model"))
+    newton, journal = golden_run(model)
+    for name, text in (
+        ("newton.jsonl", "".join(f"{record.to_json()}\n" for record in journal)),
+        ("newton.sha256", sha256(newton.theta) + "\n"),
+    ):
+        temporary = GOLDEN / f"{name}.tmp"
+        temporary.write_text(text, newline="\n")
+        os.replace(temporary, GOLDEN / name)
+
+
+if __name__ == "__main__":
+    write_golden()

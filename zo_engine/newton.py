@@ -1,0 +1,173 @@
+"""The method where the loss is a sum of squares: Gauss-Newton in a random subspace, from forward passes alone.
+
+A directional derivative keeps one number of a forward pass and forgets the rest. But the loss of a flow model is
+|e(theta)|^2, the squared norm of an error with thousands of entries, and a perturbed pass shows how every one of them
+moves: J z = (e(theta + eps z) - e(theta)) / eps, a column of the Jacobian. With the columns of K random directions Z,
+the same for all examples of a batch, the best move inside their span is a small linear system:
+
+    (Z'J'JZ + lambda I) w = -Z'J'e,      theta <- theta + Z w
+
+(Levenberg and Marquardt's damped Gauss-Newton; in random subspaces: Cartis, Fowkes, Shao, arXiv:2211.09873; without
+derivatives: Cartis, Roberts, arXiv:2102.12016.) Stiff directions no longer set the pace for flat ones, there is no step
+size, and one pass a direction is enough: the curvature that makes one-sided differences wrong is part of the model.
+The damping is the one of a handful that helps a fresh batch most; none may, and then theta stays.
+
+Every step is a function of its `Move` record, in elementwise arithmetic of a fixed order: replaying the journal gives
+theta bit for bit, on any device.
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from zo_engine.journal import Move, short
+from zo_engine.noise import Layout, directions
+from zo_engine.probes import Probes
+
+DAMPINGS = (0.03, 0.1, 0.3, 1.0, 3.0, 10.0)  # lambda, in units of the mean diagonal of Z'J'JZ
+DIRECTIONS = 128  # of each part in one step
+FRESH = 2  # times the batch: examples that choose among them
+
+Errors = Callable[[int, Probes, bool], Tensor]
+
+
+class GaussNewton:
+    """The state of a run: theta and the number of its steps, rebuilt by replaying the journal."""
+
+    def __init__(
+        self,
+        layout: Layout,
+        parts: Sequence[Layout],
+        *,
+        seed: int,
+        per_part: int = DIRECTIONS,
+        kind: str = "rademacher",
+        eps: float = 1e-2,
+        device: torch.device | str = "cpu",
+    ):
+        """layout: of the whole theta. parts: the tensors that one direction moves, which make it up; a probe of the
+        last part runs all that any part needs. per_part: directions of each part in a step, at most one an element."""
+        self.layout, self.parts, self.seed, self.kind, self.eps = layout, list(parts), seed, kind, eps
+        self.per_part = [min(per_part, part.size) for part in parts]
+        self.theta = torch.zeros(layout.size, device=device)
+        self.step = self.skipped = 0
+
+    def directions(self) -> list[Tensor]:
+        """The directions of the next step for every part, each [K, n of the part]."""
+        return [
+            directions(self.kind, part, self.seed, self.step, range(count), self.theta.device)
+            for part, count in zip(self.parts, self.per_part, strict=True)
+        ]
+
+    def cost(self) -> int:
+        """Rows that one example has in a step, before the tries."""
+        return sum(count + 1 for count in self.per_part)
+
+    def advance(self, errors: Errors, batch: int) -> Move:
+        """One live step: probe, solve, try, move. Returns its record for the journal.
+
+        errors(part, probes, fresh): the error of every row [R, m], whose squared norm is the row's loss, with the
+        perturbation inside of a part; of this step's batch of `batch` examples, or of a fresh one FRESH times as large.
+        An error that is not finite skips the step.
+        """
+        gram, slope, loss = self._model(errors, batch)
+        if not (gram.isfinite().all() and slope.isfinite().all()):
+            self.skip()
+            return Move(self.step - 1, (), 0.0, short(loss))
+        weights = [(0.0,) * len(slope), *_solutions(gram.cpu(), slope.cpu())]
+        moves = torch.stack(self._moves(weights))
+        rows = FRESH * batch
+        probes = Probes(
+            moves,
+            1.0,
+            torch.arange(len(moves)).repeat_interleave(rows),
+            torch.ones(len(moves) * rows, dtype=torch.int8),
+            torch.arange(rows).repeat(len(moves)),
+            self.layout,
+        )
+        tried = errors(len(self.parts) - 1, probes, True).double().square().sum(1).view(len(moves), rows).mean(1).cpu()
+        best = int(tried.nan_to_num(nan=torch.inf).argmin())
+        size = moves[best].square().mean().sqrt().item()
+        record = Move(
+            self.step,
+            weights[best],
+            short(size),
+            short(loss),
+            DAMPINGS[best - 1] if best else 0.0,
+            tuple(short(t) for t in tried.tolist()),
+        )
+        self.apply(record)
+        return record
+
+    def _model(self, errors: Errors, batch: int) -> tuple[Tensor, Tensor, float]:
+        """(Z'J'JZ [K, K], Z'J'e [K], loss) in fp64, means over the batch; one example at a time bounds the memory."""
+        z, total = self.directions(), sum(self.per_part)
+        gram = torch.zeros(total, total, dtype=torch.float64, device=self.theta.device)
+        slope, loss = gram[0].clone(), 0.0
+        for example in range(batch):
+            columns = []
+            for part, layout in enumerate(self.parts):
+                count = len(z[part]) + 1  # the first row stands still: every part has its own, of the same rounding
+                direction, sign = torch.arange(count).sub(1).clamp(0), torch.ones(count, dtype=torch.int8)
+                sign[0] = 0
+                sample = torch.full((count,), example)
+                rows = errors(part, Probes(z[part], self.eps, direction, sign, sample, layout), False)
+                rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
+                centre = rows[0]
+                columns.append((rows[1:] - centre) / self.eps)
+            jacobian = torch.cat(columns)
+            gram += (jacobian @ jacobian.T).double() / batch
+            slope += (jacobian @ centre).double() / batch
+            loss += centre.double().square().sum().item() / batch
+        return gram, slope, loss
+
+    def _moves(self, weights: Sequence[Sequence[float]]) -> list[Tensor]:
+        """What theta moves by with each of some weights: Z w [n], one direction after the other, so that it rounds
+        alike everywhere."""
+        made = [torch.zeros_like(self.theta) for _ in weights]
+        start = 0
+        for part, z in zip(self.parts, self.directions(), strict=True):
+            where = self.layout.index(part, self.theta.device)
+            for move, w in zip(made, weights, strict=True):
+                along = torch.zeros(part.size, device=self.theta.device)
+                for direction, weight in zip(z, w[start : start + len(z)], strict=True):
+                    along.add_(direction * weight)
+                move[where] = along
+            start += len(z)
+        return made
+
+    def apply(self, record: Move) -> None:
+        """Make the move of a record, live or from a journal. Raises ValueError if it is not the next one."""
+        if record.step != self.step:
+            raise ValueError(f"the journal jumps from step {self.step} to step {record.step}")
+        if record.skipped:
+            self.skip()
+            return
+        if len(record.weights) != sum(self.per_part):
+            raise ValueError(f"step {record.step} has {len(record.weights)} weights, not {sum(self.per_part)}")
+        (move,) = self._moves([record.weights])
+        self.theta = self.theta + move
+        self.step += 1
+
+    def skip(self) -> None:
+        """A step with an error that is not finite: theta stays as it is; it is counted."""
+        self.step += 1
+        self.skipped += 1
+
+    # A checkpoint only saves time: replaying the journal from the start gives the same bits.
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, float]]:
+        """(tensors, scalars) that `restore` takes."""
+        return {"theta": self.theta}, {"step": self.step, "skipped": self.skipped}
+
+    def restore(self, tensors: dict[str, Tensor], scalars: dict[str, float], journal: Sequence[Move] = ()) -> None:
+        """Take up a state."""
+        self.theta = tensors["theta"].to(self.theta.device, copy=True)
+        self.step, self.skipped = int(scalars["step"]), int(scalars["skipped"])
+
+
+def _solutions(gram: Tensor, slope: Tensor) -> list[tuple[float, ...]]:
+    """The weights w [K] for every damping, rounded as the journal keeps them."""
+    unit = gram.diagonal().mean().clamp(min=1e-30) * torch.eye(len(gram), dtype=gram.dtype)
+    return [tuple(short(w) for w in torch.linalg.solve(gram + d * unit, -slope).tolist()) for d in DAMPINGS]
