@@ -68,7 +68,7 @@ def price(studio: Studio, training: Training) -> float:
     blocks = len(studio.transformer.transformer_blocks)
     shares = [(blocks - level.first + 0.25) / (blocks + 0.25) for level in levels(studio.space.views, recipe.depth)]
     if isinstance(method, GaussNewton):
-        rows = [count + 1 for count in method.per_part]
+        rows = [count + 1 for count in method.counts()]
         rows[-1] += FRESH * (len(DAMPINGS) + 1)
         training.step()
         each = sum(share * count + (1 - share) for share, count in zip(shares, rows, strict=True))

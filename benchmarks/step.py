@@ -61,14 +61,14 @@ def measure(model: str, batch: int, rounds: int, device: str) -> dict:
     def stacked() -> None:
         flow_losses(transformer, twice, dtype)
 
-    def step(space, own: bool, count: int, prefix: Prefix | None = None):
+    def step(space, own: bool, count: int):
         zo = ZO(space.layout, seed=0, per_step=count, optimizer="momentum", step_size=1e-6, device=where)
 
         def run() -> None:
             z = zo.directions()
             probes = central(z, 0.01, batch, own)
             losses = evaluate(
-                space, zo.theta, probes, lambda s: flow_losses(transformer, data.take(s.to(where)), dtype), None, prefix
+                space, zo.theta, probes, lambda s: flow_losses(transformer, data.take(s.to(where)), dtype)
             )
             d = slopes(losses.cpu(), 0.01, len(z)).tolist()
             zo.theta = zo.theta - zo.descend(z, d, zo.clip_level(d)) * 1e-6
@@ -82,18 +82,16 @@ def measure(model: str, batch: int, rounds: int, device: str) -> dict:
     prefixes = [Prefix(transformer, level) for level in found]
 
     def gauss_newton() -> None:
-        examples = data.take(torch.arange(FRESH * batch, device=where) % batch)
-        newton.advance(
-            lambda part, probes, fresh: evaluate(
-                tuned,
-                newton.theta,
-                probes,
-                lambda s: flow_errors(transformer, examples.take(s.to(where)), dtype),
-                ROWS,
-                prefixes[part],
-            ),
-            batch,
-        )
+        examples, replays = data.take(torch.arange(FRESH * batch, device=where) % batch), {}
+        rows = lambda s: flow_errors(transformer, examples.take(s.to(where)), dtype)  # noqa: E731
+
+        def errors(part, probes, fresh):
+            if part not in replays:
+                with tuned.dressed(newton.theta):
+                    replays[part] = prefixes[part].run(rows, FRESH * batch, ROWS)
+            return evaluate(tuned, newton.theta, probes, rows, ROWS, replays[part])
+
+        newton.advance(errors, batch)
         newton.theta.zero_()
 
     def its_rows() -> None:

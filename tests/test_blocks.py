@@ -20,6 +20,13 @@ def suffix(model, space):
     return SPACES[space]({name: views[name] for name in level.layers}), Prefix(model, level)
 
 
+def behind(prefix, space, theta, probes, loss, chunk=None):
+    """`evaluate` with the prefix run once."""
+    with space.dressed(theta):
+        replay = prefix.run(loss, BATCH, chunk)
+    return evaluate(space, theta, probes, loss, chunk, replay)
+
+
 def test_the_levels_of_sd3_are_its_output_layers_and_its_last_blocks(transformer):
     views = find_scales(transformer("nf4"))
     output, block = levels(views, 0.5)
@@ -64,7 +71,7 @@ def test_a_prefix_changes_nothing_but_the_work(transformer, space, format):
     assert rows == [len(probes.sign)] * 2
     for chunk in (None, 2, 5):
         rows.clear()
-        found = evaluate(space, theta, probes, sd3_loss(model), chunk, prefix)
+        found = behind(prefix, space, theta, probes, sd3_loss(model), chunk)
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=0)
         assert sum(rows) == BATCH + len(probes.sign)  # the first block sees every example once
     for hook in hooks:
@@ -77,7 +84,7 @@ def test_a_prefix_leaves_nothing_behind_also_after_an_exception(transformer):
     space, prefix = suffix(model, "rows")
     before, loss = state(model), sd3_loss(model)
     theta, probes = some_theta(space), probes_of(space)
-    evaluate(space, theta, probes, loss, None, prefix)
+    behind(prefix, space, theta, probes, loss)
     assert_unchanged(model, before)
 
     def broken(sample):
@@ -85,7 +92,7 @@ def test_a_prefix_leaves_nothing_behind_also_after_an_exception(transformer):
         raise KeyError("inside")
 
     with pytest.raises(KeyError, match="inside"):
-        evaluate(space, theta, probes, broken, None, prefix)
+        behind(prefix, space, theta, probes, broken)
     assert_unchanged(model, before)
     assert not any(module._forward_hooks for module in model.modules())
 
@@ -106,6 +113,5 @@ def test_a_prefix_replays_outputs_of_any_form():
 
     prefix, index = Prefix(model, Level((), "blocks", 1)), torch.tensor([3, 0, 3])
     for chunk in (None, 3):
-        output = prefix.run(loss, torch.arange(4), chunk)
-        with prefix.replayed(output, index):
+        with prefix.run(loss, 4, chunk)(index):
             assert torch.equal(loss(index), (x + 1 + memory)[index])

@@ -15,7 +15,7 @@ from exact import exact_net, net_inputs, quantised_net
 from zo_engine.blocks import Prefix, levels
 from zo_engine.journal import Move, read
 from zo_engine.models import load_transformer
-from zo_engine.newton import DAMPINGS, FRESH, GaussNewton
+from zo_engine.newton import DAMPINGS, FRESH, GROWTH, GaussNewton
 from zo_engine.noise import Layout
 from zo_engine.probes import GainSpace, evaluate
 from zo_engine.recipe import Recipe
@@ -179,10 +179,12 @@ def test_a_flat_loss_moves_nothing_far():
     assert not newton.theta.any()
 
 
-def test_a_part_has_no_more_directions_than_elements():
-    newton = method(6, per_part=100)
-    assert newton.per_part == [3, 3] and [z.shape for z in newton.directions()] == [(3, 3), (3, 3)]
-    assert newton.cost() == 8
+def test_directions_double_and_are_no_more_than_elements():
+    newton = method(20, per_part=4)
+    for step, count in ((0, 4), (GROWTH - 1, 4), (GROWTH, 8), (2 * GROWTH, 10), (100 * GROWTH, 10)):
+        newton.step = step
+        assert [z.shape for z in newton.directions()] == [(count, 10)] * 2
+        assert newton.counts() == [count] * 2 and newton.cost() == 2 * (count + 1)
 
 
 # The journal is the run
@@ -221,12 +223,14 @@ def through_style(journal):
 @pytest.mark.parametrize("form", [through_json, through_style])
 @pytest.mark.parametrize("kind", ["rademacher", "gaussian"])
 def test_replaying_the_journal_gives_the_run_bit_for_bit(kind, form):
-    newton, journal = live(kind=kind)
+    steps = GROWTH + 2
+    newton, journal = live(steps, kind=kind)
     assert newton.skipped == 2 and newton.theta.any() and [r.skipped for r in journal].count(True) == 2
+    assert len(journal[-1].weights) == 2 * len(journal[0].weights)
     again = method(kind=kind)
     for record in form(journal):
         again.apply(record)
-    assert torch.equal(again.theta, newton.theta) and (again.step, again.skipped) == (9, 2)
+    assert torch.equal(again.theta, newton.theta) and (again.step, again.skipped) == (steps, 2)
 
 
 def test_json_keeps_every_number():
@@ -278,7 +282,9 @@ def golden_run(model, chunk=None, prefixed=True):
         return output / output.shape[1] ** 0.5
 
     def errors(part, probes, fresh):
-        return evaluate(space, newton.theta, probes, error, chunk, prefixes[part] if prefixed else None)
+        with space.dressed(newton.theta):
+            replay = prefixes[part].run(error, FRESH * 4) if prefixed else None
+        return evaluate(space, newton.theta, probes, error, chunk, replay)
 
     return newton, [newton.advance(errors, 4) for _ in range(8)]
 

@@ -254,9 +254,10 @@ def test_damaged_styles_are_refused(studio, tmp_path):
     journal = load_style(run.journal_style_file)
     for name, broken in (
         ("no weights", {"slopes": journal.tensors["weights"]}),
-        ("flat", {"weights": journal.tensors["weights"].flatten()}),
-        ("narrow", {"weights": journal.tensors["weights"][:, 1:].contiguous()}),
-        ("more", journal.tensors | {"clip": journal.tensors["weights"][0].clone()}),
+        ("square", {"weights": journal.tensors["weights"][None]}),
+        ("narrow", {"weights": journal.tensors["weights"][1:].clone()}),
+        ("cut", {"weights": journal.tensors["weights"][:-1].clone()}),
+        ("more", journal.tensors | {"clip": journal.tensors["weights"].clone()}),
         ("empty", {"weights": journal.tensors["weights"][:0]}),
     ):
         save_style(tmp_path / name, Style("journal", broken, journal.recipe, journal.base, journal.facts))

@@ -8,8 +8,9 @@ few forward passes.
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -55,6 +56,9 @@ class _Reached(Exception):
     """The prefix has been computed; nothing after it is needed."""
 
 
+Replay = Callable[[Tensor], AbstractContextManager]  # sample [r] -> the model answering for these examples
+
+
 class Prefix:
     """The blocks before a level, run once for the examples of a batch."""
 
@@ -62,8 +66,8 @@ class Prefix:
         self.blocks = list(model.get_submodule(level.blocks))[: level.first]
 
     @torch.no_grad()
-    def run(self, loss: Callable[[Tensor], Tensor], samples: Tensor, chunk: int | None = None) -> Any:
-        """The output of the last of these blocks for every example, made in pieces of `chunk` examples.
+    def run(self, loss: Callable[[Tensor], Tensor], examples: int, chunk: int | None = None) -> "Replay":
+        """The output of the last of these blocks for examples 0, 1, ..., made in pieces of `chunk` examples.
 
         loss(sample) is what `probes.evaluate` takes; it is stopped where the prefix ends.
         """
@@ -75,7 +79,7 @@ class Prefix:
 
         hook = self.blocks[-1].register_forward_hook(keep)
         try:
-            for part in samples.split(chunk or len(samples)):
+            for part in torch.arange(examples).split(chunk or examples):
                 try:
                     loss(part)
                 except _Reached:
@@ -83,10 +87,10 @@ class Prefix:
         finally:
             hook.remove()
         assert pieces, "the loss does not run the model's blocks"
-        return _joined(pieces)
+        return partial(self._replayed, _joined(pieces))
 
     @contextmanager
-    def replayed(self, output: Any, sample: Tensor) -> Iterator[None]:
+    def _replayed(self, output: Any, sample: Tensor) -> Iterator[None]:
         """The model with its prefix answering from `output`: row r of the stacked batch is example `sample[r]`."""
         rows = _rows(output, sample)
         for block in self.blocks:

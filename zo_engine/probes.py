@@ -13,6 +13,7 @@ A model is dressed from outside and for the length of a `with` block: its layers
 also after an exception. Base scales are never written.
 """
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -20,7 +21,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from zo_engine.blocks import Prefix
+from zo_engine.blocks import Replay
 from zo_engine.noise import Layout
 from zo_engine.scales import ScaleError, ScaleView
 
@@ -245,21 +246,18 @@ def evaluate(
     probes: Probes,
     loss: Callable[[Tensor], Tensor],
     chunk: int | None = None,
-    prefix: Prefix | None = None,
+    replay: Replay | None = None,
 ) -> Tensor:
     """One loss, or one error vector, per row of the stacked batch, fp32 or wider: [R] or [R, m].
 
     loss(sample) gets the example index of every row [r] and returns the losses or errors [r, ...] of the dressed model.
-    `chunk` bounds the rows of one forward pass, and `prefix` runs the blocks that no probe reaches once an example: the
-    result depends on neither beyond the rounding of differently shaped matmuls.
+    `chunk` bounds the rows of one forward pass, and `replay` (of `Prefix.run` at theta) answers for the blocks that no
+    probe reaches: the result depends on neither beyond the rounding of differently shaped matmuls.
     """
     losses = []
-    if prefix:
-        examples, which = probes.sample.unique(return_inverse=True)
-        with space.dressed(theta):
-            output = prefix.run(loss, examples, chunk)
-    for rows in torch.arange(len(probes.sign)).split(chunk or len(probes.sign)):
+    passes = math.ceil(len(probes.sign) / (chunk or len(probes.sign)))
+    for rows in torch.arange(len(probes.sign)).tensor_split(passes):  # of nearly equal length
         part = probes.rows(rows)
-        with space.dressed(theta, part), prefix.replayed(output, which[rows]) if prefix else nullcontext():
+        with space.dressed(theta, part), replay(part.sample) if replay else nullcontext():
             losses.append(loss(part.sample))
     return torch.cat(losses)

@@ -84,14 +84,13 @@ def theta_tensors(space: Space, theta: Tensor) -> dict[str, Tensor]:
 
 
 def journal_tensors(journal: list[Record]) -> dict[str, Tensor]:
-    """A row a step: weights, or slopes, in fp32 (exact, see `short`), the rest in fp64; not-a-number where there is
-    nothing. Raises StyleError for an empty journal."""
+    """The weights of all steps, a not-a-number after each step's; or a row of slopes a step, and what goes with them.
+    Weights and slopes are fp32 (exact, see `short`). Raises StyleError for an empty journal."""
     if not journal:
         raise StyleError("the run has not made a step yet, so there is no style to save")
     if isinstance(journal[0], Move):
-        nothing = (float("nan"),) * max(len(r.weights) for r in journal)
-        return {"weights": torch.tensor([r.weights or nothing for r in journal], dtype=torch.float32)}
-    nothing = (float("nan"),) * 4
+        return {"weights": torch.tensor([w for r in journal for w in (*r.weights, math.nan)], dtype=torch.float32)}
+    nothing = (math.nan,) * 4
     return {
         "slopes": torch.tensor([r.slopes for r in journal], dtype=torch.float32),
         "clip": torch.tensor([r.clip for r in journal], dtype=torch.float64),
@@ -103,12 +102,17 @@ def journal_tensors(journal: list[Record]) -> dict[str, Tensor]:
 def journal_records(tensors: dict[str, Tensor]) -> list[Record]:
     """The records that `journal_tensors` packed. Raises StyleError where parts are missing or of unequal length."""
     form = {name: t.ndim for name, t in tensors.items()}
-    unknown = float("nan")  # the losses are not packed
-    if not all(len(t) for t in tensors.values()):
+    unknown = math.nan  # the losses are not packed
+    if not all(t.shape[0] for t in tensors.values() if t.ndim):
         raise StyleError("the style's journal is damaged: it has no steps")
-    if form == {"weights": 2}:
-        rows = [tuple(short(w) for w in row) for row in tensors["weights"].numpy()]
-        return [Move(i, row if row and not math.isnan(row[0]) else (), unknown, unknown) for i, row in enumerate(rows)]
+    if form == {"weights": 1}:
+        flat = tensors["weights"]
+        ends = flat.isnan().nonzero().flatten().tolist()
+        if not ends or ends[-1] != len(flat) - 1:
+            raise StyleError("the style's journal is damaged: its last step has no end")
+        starts = [0, *(end + 1 for end in ends)]
+        rows = [flat[start:end].tolist() for start, end in zip(starts, ends, strict=False)]
+        return [Move(i, tuple(short(w) for w in row), unknown, unknown) for i, row in enumerate(rows)]
     if form != {"slopes": 2, "clip": 1, "step_size": 1, "search": 2}:
         raise StyleError("the style's journal is damaged: weights, or slopes, clip, step_size and search must be there")
     if len({len(t) for t in tensors.values()}) != 1:

@@ -21,7 +21,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from zo_engine import cache, dataset, models, pictures, plots
-from zo_engine.blocks import Prefix, levels
+from zo_engine.blocks import Prefix, Replay, levels
 from zo_engine.journal import Record, short
 from zo_engine.newton import FRESH, GaussNewton
 from zo_engine.probes import Probes, Space, evaluate
@@ -32,7 +32,7 @@ from zo_engine.style import Style, journal_tensors, make_method, make_space, sav
 from zo_engine.tasks.diffusion import SEARCH, TRAINING, Diffusion, Example, answers, sample
 from zo_engine.zo import trapezoid
 
-TOKENS = 4608  # of one forward pass, where the recipe does not say how many rows: what the caches of a processor like
+TOKENS = 4800  # of one forward pass, where the recipe does not say how many rows: what the caches of a processor like
 TELL = 1.0  # seconds between two reports of a long step
 PATIENCE = 20  # steps in a row without a finite loss, after which a run gives up
 
@@ -238,10 +238,16 @@ class Training:
         the step without a trace."""
         recipe, task, step, theta = self.recipe, self.studio.task, self.method.step, self.method.theta
 
+        replays: dict[tuple, Replay] = {}
+
         def evaluated(outputs: Callable, size: int, level: int, probes: Probes, fresh: bool) -> Tensor:
             batch = task.batch(step, size, SEARCH if fresh else TRAINING)
             rows = lambda index: outputs(batch.take(index.to(batch.latents.device)))  # noqa: E731
-            return evaluate(self.studio.space, theta, probes, rows, self.rows, self.prefixes[level])
+            prefix, space = self.prefixes[level], self.studio.space
+            if prefix and (level, fresh) not in replays:
+                with space.dressed(theta):
+                    replays[level, fresh] = prefix.run(rows, size, self.rows)
+            return evaluate(space, theta, probes, rows, self.rows, replays.get((level, fresh)))
 
         if isinstance(self.method, GaussNewton):
             made, total = 0, recipe.batch_size * self.method.cost()
