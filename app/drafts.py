@@ -25,7 +25,7 @@ from PIL import Image
 from zo_engine import dataset
 from zo_engine import recipe as recipes
 from zo_engine.dataset import DataError, Picture, Problem
-from zo_engine.hub import CHECKOUT, MODELS
+from zo_engine.hub import CHECKOUT, MODELS, SD3_MULTIPLE, find, pixel_multiple
 from zo_engine.run import new_name, write_atomic
 
 EXAMPLES = {file.parent.name: file.parent for file in sorted((CHECKOUT / "styles").glob("*/recipe.toml"))}
@@ -33,7 +33,6 @@ WELCOME = dataset.PICTURES | dataset.SIDECARS | {".jsonl"}
 MAX_FILES, MAX_BYTES = 4000, 2 * 2**30  # of one upload, a ZIP counted as it unpacks
 THUMB = 288  # pixels of the longer side
 ALIKE = 10  # of 256 bits that may differ between two pictures that look the same
-MULTIPLE = 16  # pixels: the autoencoder of SD3 halves three times, its patches once more
 
 
 class DraftError(ValueError):
@@ -90,6 +89,16 @@ class Drafts:
         draft = Draft(new_name(self.root, wish))
         draft.own_images.mkdir(parents=True)
         draft.write(recipes.Recipe(images=images or str(draft.own_images), trigger=draft.path.name))
+        return draft
+
+    def again(self, recipe: recipes.Recipe) -> "Draft":
+        """A draft with the pictures and settings of a recipe: the one that has these pictures, or a new one."""
+        for draft in map(self.open, self.names()):
+            if draft.recipe().images == recipe.images:
+                break
+        else:
+            draft = self.create(Path(recipe.images).name or "my style", recipe.images or "?")
+        draft.write(recipe)
         return draft
 
     def bin(self, name: str) -> None:
@@ -163,9 +172,11 @@ class Draft:
         return left / width, top / height, 1 - right / width, 1 - bottom / height
 
     def buckets(self) -> list[tuple[int, int]]:
-        recipe = self.recipe()
+        """What pictures are fitted to. Raises DataError for a resolution, ModelError for a folder that is no model."""
+        recipe, folder = self.recipe(), find(self.recipe().model)
         known = MODELS.get(recipe.model)
-        return dataset.buckets(recipe.resolution or (known.resolution if known else "512"), MULTIPLE)
+        multiple = pixel_multiple(folder) if folder else SD3_MULTIPLE
+        return dataset.buckets(recipe.resolution or (known.resolution if known else "512"), multiple)
 
     def add(self, files: list[Path]) -> int:
         """Copy pictures, captions and ZIPs into the draft; gives how many files came. Raises DraftError."""

@@ -20,9 +20,10 @@ from zo_engine.dataset import fill_trigger, open_picture
 from zo_engine.run import Run
 
 WORDS = {
-    "waiting": "waiting", "preparing": "getting ready", "running": "training", "stopping": "saving", "done": "done",
-    "stopped": "stopped", "failed": "failed", "interrupted": "interrupted",
+    "waiting": "waiting", "preparing": "getting ready", "running": "training", "silent": "not answering",
+    "stopping": "saving", "done": "done", "stopped": "stopped", "failed": "failed", "interrupted": "interrupted",
 }  # fmt: skip
+FIRST_STEPS = 30  # during which the time in all is reckoned from the first step
 SHOWN_PROMPTS, SHOTS = 8, 4  # prompts before the fold; steps of each: the first, the last, and between
 
 
@@ -102,7 +103,7 @@ def caption_note(caption: str, trigger: str) -> dict[str, str]:
 def notes(items: list[tuple[str, str]]) -> str:
     """(good, flat or bad; sentence) as a list."""
     lines = "".join(f'<li class="{kind}">{escape(text)}</li>' for kind, text in items)
-    return f'<ul class="qzo-notes" role="status">{lines}</ul>' if lines else ""
+    return f'<div role="status"><ul class="qzo-notes">{lines}</ul></div>' if lines else ""
 
 
 # A run
@@ -126,7 +127,11 @@ def card(standing: Standing, run: Run, steps: int) -> str:
     if status.get("skipped"):
         facts.append(("skipped steps", f"{status['skipped']}"))
     rows = "".join(f"<div><dt>{escape(k)}</dt><dd>{escape(v)}</dd></div>" for k, v in facts)
-    message = f'<p class="message">{escape(standing.message)}</p>' if standing.message else ""
+    says = standing.message
+    if standing.state == "running" and "one_step" in status and done <= FIRST_STEPS:
+        took = status["one_step"]
+        says = f"The first step works and took {duration(took, fine=True)}: about {duration(took * steps)} in all."
+    message = f'<p class="message">{escape(says)}</p>' if says else ""
     busy = " busy" if standing.live else ""
     return f"""
 <section class="qzo-card qzo-run" aria-label="Run {escape(standing.name)}">
@@ -142,16 +147,17 @@ def pill(state: str) -> str:
     return f'<span class="qzo-pill {state}">{WORDS[state]}</span>'
 
 
-def charts(series: Series) -> str:
-    """Held-out loss with its verdict, and the training loss."""
+def charts(series: Series, pictured: list[int]) -> str:
+    """Held-out loss with its verdict, and the training loss; a mark for every step in `pictured`."""
     kind, verdict = series.verdict()
     held, (raw, smooth), best = series.held_out(), series.training(), series.best()
     mark = (best["step"], best["loss"]) if best else None
     start = held.y[0] if held.y else None
-    first = chart("Held-out loss", [("line", held)], mark=mark, level=start,
+    first = chart("Held-out loss", [("line", held)], mark=mark, level=start, pictured=pictured,
                   note=f'<p class="qzo-verdict {kind}">{escape(verdict)}</p>')  # fmt: skip
     help = '<p class="qzo-verdict">Noisy by nature: every step sees other pictures at other noise levels.</p>'
-    return f'<div class="qzo-charts">{first}{chart("Training loss", [("raw", raw), ("line", smooth)], note=help)}</div>'
+    second = chart("Training loss", [("raw", raw), ("line", smooth)], pictured=pictured, note=help)
+    return f'<div class="qzo-charts">{first}{second}</div>'
 
 
 def chart(
@@ -160,9 +166,10 @@ def chart(
     *,
     mark: tuple[float, float] | None = None,
     level: float | None = None,
+    pictured: list[int] = (),
     note: str = "",
 ) -> str:
-    """One chart: `mark` is a point that stands out, `level` a dashed height."""
+    """One chart: `mark` is a point that stands out, `level` a dashed height, `pictured` are steps with pictures."""
     xs = [x for _, c in curves for x in c.x]
     ys = [y for _, c in curves for y in (*c.y, *c.low, *c.high) if math.isfinite(y)]
     last = curves[-1][1].y[-1] if curves[-1][1].y else None
@@ -191,42 +198,49 @@ def chart(
             f'<i class="dot" style="left:{across(mark[0]) / 10:.2f}%;top:{down(mark[1]) / 3:.2f}%" '
             f'title="best: {mark[1]:.4f} at step {mark[0]}"></i>'
         )
+    dots += "".join(
+        f'<i class="shot" style="left:{across(step) / 10:.2f}%" title="pictures of step {step}"></i>'
+        for step in pictured
+        if left <= step <= right
+    )
     grid = "".join(f'<path class="grid" d="M0 {y}H1000"/>' for y in (0, 150, 300))
     ticks = "".join(f"<span>{y:.3f}</span>" for y in (high, (low + high) / 2, low))
     says = f"{name}: {curves[-1][1].y[0]:.4f} at step {left:.0f}, {last:.4f} at step {right:.0f}"
     return f"""
 <section class="qzo-card qzo-chart">{head}
-  <div class="plot"><div class="ticks" aria-hidden="true">{ticks}</div><div class="area">
+  <div class="plot"><div class="ticks" aria-hidden="true">{ticks}</div>
+    <div class="area" data-left="{left:g}" data-right="{right:g}">
     <svg viewBox="0 0 1000 300" preserveAspectRatio="none" role="img" aria-label="{escape(says)}">{grid}{body}</svg>
     {dots}</div></div>
   <div class="line steps" aria-hidden="true"><span>step {left:.0f}</span><span>step {right:.0f}</span></div>{note}
 </section>"""
 
 
-def previews(run: Run, name: str, prompts: list[str]) -> str:
-    """Every prompt with its pictures by step, the untrained model first."""
+def previews(run: Run, name: str, prompts: list[str], step: int | None = None) -> str:
+    """Every prompt with its pictures by step, the untrained model first; with `step`, that one beside it alone."""
     folders = sorted(f for f in run.previews.glob("*/") if f.name.isdigit()) if run.previews.is_dir() else []
     if not folders:
         return '<p class="qzo-empty">The first previews show what the model draws before it learns anything.</p>'
     last = len(folders) - 1
     kept = [folders[i] for i in sorted({round(last * k / (SHOTS - 1)) for k in range(SHOTS)})]
+    if step is not None:
+        kept = [folders[0], *(f for f in folders[1:] if int(f.name) == step)]
     counts = max(len(list(f.glob("*.png"))) for f in kept)
-    cards = []
+    cards, pair = [], " pair" if step is not None else ""
     for i in range(counts):
         prompt = prompts[i] if i < len(prompts) else f"prompt {i + 1}"
         shots = []
         for folder in kept:
             file = folder / f"{i:02d}.png"
             if file.exists():
-                step = int(folder.name)
-                at = "before" if step == 0 else f"step {step:,}"
+                at = "before" if int(folder.name) == 0 else f"step {int(folder.name):,}"
                 place = media.url("run", name, f"previews/{folder.name}/{file.name}")
                 shots.append(
                     f'<span class="shot"><img loading="lazy" src="{place}" alt="{escape(prompt)}, {at}">'
                     f"<em>{at}</em></span>"
                 )
         cards.append(
-            f'<figure><figcaption>{escape(prompt)}</figcaption><div class="shots">{"".join(shots)}</div></figure>'
+            f'<figure><figcaption>{escape(prompt)}</figcaption><div class="shots{pair}">{"".join(shots)}</div></figure>'
         )
     grid = f'<div class="qzo-previews">{"".join(cards[:SHOWN_PROMPTS])}</div>'
     if len(cards) > SHOWN_PROMPTS:
@@ -272,19 +286,41 @@ def model(entry: dict[str, Any]) -> str:
     )
 
 
-def facts(heading: str, rows: list[tuple[str, str]]) -> str:
+def facts(heading: str, rows: list[tuple[str, str]], note: str = "") -> str:
     lines = "".join(f"<div><dt>{escape(k)}</dt><dd>{escape(v)}</dd></div>" for k, v in rows)
-    return f'<section class="qzo-card"><h3>{escape(heading)}</h3><dl class="wide">{lines}</dl></section>'
+    below = f"<p>{escape(note)}</p>" if note else ""
+    return f'<section class="qzo-card"><h3>{escape(heading)}</h3><dl class="wide">{lines}</dl>{below}</section>'
 
 
-def downloads(rows: list[tuple[str, str, str, str]]) -> str:
-    """(title, address, size, what opens it) as links that look like what they are: buttons."""
-    links = "".join(
-        f'<a class="qzo-card qzo-file" href="{place}" download><b>{escape(what)}</b><small>{escape(opens)}</small>'
-        f"<span>{size}</span></a>"
-        for what, place, size, opens in rows
+def downloads(rows: list[tuple[str, str, str, str, str]]) -> str:
+    """(title, address or "", size, what opens it, a snippet of Python or ""), each with its link as a button."""
+    cards = []
+    for what, place, size, opens, snippet in rows:
+        link = f'<a href="{place}" download>Download, {size}</a>' if place else f"<em>{size}</em>"
+        code = (
+            f"<details><summary>In Python</summary><pre tabindex='0'><code>{escape(snippet)}</code></pre></details>"
+            if snippet
+            else ""
+        )
+        cards.append(
+            f'<section class="qzo-card qzo-file"><div class="line"><h3>{escape(what)}</h3>{link}</div>'
+            f"<p>{escape(opens)}</p>{code}</section>"
+        )
+    return f'<div class="qzo-files">{"".join(cards)}</div>' if cards else ""
+
+
+def download(done: int, total: int) -> str:
+    """How a download stands; a total of 0 is not known yet."""
+    if not total:
+        text = "Asking the hub for access, and for the sizes of the files"
+        return f'<p class="qzo-empty busy" role="status">{text}</p>'
+    share = min(100.0, 100 * done / total)
+    return (
+        f'<section class="qzo-card qzo-run" aria-label="Download"><div class="line count"><span><b>{size(done)}</b> of '
+        f'{size(total)}</span><span>{share:.0f} %</span></div><div class="bar busy" role="progressbar" '
+        f'aria-valuemin="0" aria-valuemax="100" aria-valuenow="{share:.0f}" aria-label="Downloaded">'
+        f'<i style="width:{share:.1f}%"></i></div><p>It goes on when this page is closed.</p></section>'
     )
-    return f'<div class="qzo-files">{links}</div>'
 
 
 def duration(seconds: float, fine: bool = False) -> str:

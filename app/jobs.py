@@ -5,7 +5,7 @@
   train/<run>.json     process id, its start time, the words it was started with, and when it was asked to stop
   train/<run>.toml     the recipe as it was when the button was pressed
   train/<run>.log      what the process said
-  compare/ export/ doctor/    the same for other commands
+  compare/ export/ inspect/ download/ doctor/    the same for other commands
 
 A process is the one of a record if its id and its start time agree: an id alone is given to others after a restart.
 """
@@ -32,7 +32,9 @@ from zo_engine.hub import CHECKOUT
 from zo_engine.run import Run, RunError, new_name, write_atomic
 
 PATIENCE = 120  # seconds that a process gets to finish its step and save, before it is ended
-LIVE = ("waiting", "preparing", "running", "stopping")
+PATIENCE_TO_END = 20  # seconds that a process gets to end once it has saved
+SILENCE = 3.0  # seconds without a heartbeat, after which a process is said to be silent
+LIVE = ("waiting", "preparing", "running", "silent", "stopping")
 RESUMABLE = ("stopped", "interrupted", "failed")
 _children: list[subprocess.Popen] = []  # of this server, so that they do not stay as zombies
 
@@ -130,7 +132,7 @@ class Standing:
     """How a run stands, as the page shows it."""
 
     name: str
-    state: str  # waiting, preparing, running, stopping, done, stopped, failed, interrupted
+    state: str  # waiting, preparing, running, silent, stopping, done, stopped, failed, interrupted
     message: str = ""  # what it is doing, or why it ended
     status: dict[str, Any] = field(default_factory=dict)
     why_not_resume: str = ""
@@ -189,6 +191,9 @@ class Jobs:
         standing = self.look(name)
         if standing.why_not_resume:
             raise JobError(f"{name} cannot be resumed: {standing.why_not_resume}")
+        if process := self.job(name).process():  # it has said its last word, and is about to end
+            with suppress(psutil.TimeoutExpired):
+                process.wait(PATIENCE_TO_END)
         self.job(name).start("resume", str(self.runs / name))
 
     def stop(self, name: str) -> None:
@@ -202,15 +207,52 @@ class Jobs:
         elif process := _writer(standing.status):  # started on the command line
             process.send_signal(signal.SIGTERM)
 
+    def ask(self, name: str, request: str) -> None:
+        """Ask a run for one of run.REQUESTS, to be done after the step that it is in. Raises JobError."""
+        run, standing = self.run(name), self.look(name)
+        if standing.state != "running":
+            raise JobError(f"{name} cannot do that now: it is {standing.state}")
+        run.ask(request)
+
+    def discard(self, name: str) -> None:
+        """End a run at once and take it out of the list; its folder is kept under .bin."""
+        self.run(name)  # refuses what is no run
+        process = self.job(name).process() or _writer(self.look(name).status)
+        if process:
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
+                process.wait(PATIENCE)
+        self.bin(name)
+
+    def rename(self, name: str, wish: str) -> str:
+        """Give a run that is not live another name; gives the name it has then. Raises JobError."""
+        self.run(name)  # refuses what is no run
+        busy = [kind for kind in ("compare", "export") if self.job(name, kind).alive()]
+        if self.look(name).live or busy:
+            raise JobError(f"{name} is at work; wait for it, or stop it first")
+        if not wish.strip():
+            raise JobError(f"say what {name} shall be called")
+        path = new_name(self.runs, wish)
+        os.rename(self.runs / name, path)
+        for file in self._records(name):
+            if file.parent.name == "train":
+                os.replace(file, file.with_name(path.name + file.suffix))
+            else:
+                file.unlink()  # what it said is about files under the old name
+        return path.name
+
+    def _records(self, name: str) -> list[Path]:
+        """The files of all processes of a run."""
+        return [f for f in (self.runs / ".jobs").glob("*/*") if f.stem == name and f.suffix != ".lock"]
+
     def bin(self, name: str) -> None:
         """Take a run out of the list; its folder is kept under .bin."""
         self.run(name)  # refuses what is no run
         if self.look(name).live:
             raise JobError(f"{name} is still running; stop it first")
         shutil.move(self.runs / name, new_name(self.runs / ".bin", name))
-        for file in self.job(name).file.parent.glob(f"{name}.*"):
-            if file.stem == name:
-                file.unlink()
+        for file in self._records(name):
+            file.unlink()
 
     def look(self, name: str) -> Standing:
         """How a run stands, from its files and its process alone; `name` is one of `names`."""
@@ -239,6 +281,11 @@ class Jobs:
             if record.get("stop"):
                 return "interrupted", f"ended {PATIENCE} s after it was asked to stop; every step is kept"
             return "interrupted", job.complaint() if record else "its process is gone; every step is kept"
+        if status["state"] == "running" and (silent := _silent(Run(self.runs / job.name))) > SILENCE:
+            return "silent", (
+                f"has not answered for {silent:.0f} s; the machine is overloaded, or the process hangs. "
+                "Stopping it loses the step in progress at most."
+            )
         return status["state"], status.get("reason", "")
 
     def _why_not_resume(self, run: Run, state: str) -> str:
@@ -255,11 +302,20 @@ def _time(status: dict[str, Any]) -> float:
     return datetime.fromisoformat(status["time"]).timestamp()
 
 
+def _silent(run: Run) -> float:
+    """Seconds since the last heartbeat."""
+    try:
+        return time.time() - run.heartbeat_file.stat().st_mtime
+    except FileNotFoundError:
+        return 0.0
+
+
 def _writer(status: dict[str, Any]) -> psutil.Process | None:
-    """The process that wrote a status, if it lives: one of the same id that is older than what it wrote."""
+    """The process that wrote a status, if it lives: one of the same id and start."""
     try:
         process = psutil.Process(status["pid"])
-        older = process.create_time() <= _time(status) + 1
-        return process if older and process.status() != psutil.STATUS_ZOMBIE else None
+        began = process.create_time()
+        same = abs(began - status["started"]) < 1 if "started" in status else began <= _time(status) + 1
+        return process if same and process.status() != psutil.STATUS_ZOMBIE else None
     except (KeyError, psutil.NoSuchProcess, psutil.AccessDenied):
         return None

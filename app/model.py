@@ -1,16 +1,24 @@
 """The tab of models: what each needs, whether it is here, and whether it will work on this machine."""
 
+import json
+import re
+from pathlib import Path
+
 import gradio as gr
 
 from app import figures
+from app.jobs import Job
 from app.place import Place
 from app.plainly import plainly
-from zo_engine.hub import MODELS
+from zo_engine.hub import MODELS, ModelError, arrived, check, find, read_json, repository
 
 ACCESS = (
     "Behind a licence. Once: open huggingface.co/{repo}, log in and accept it; make a token of the kind “read” at "
     "huggingface.co/settings/tokens; run “hf auth login” on this machine and look at the machine again."
 )
+
+
+REPOSITORY = r"[\w.-]+/[\w.-]+"
 
 
 class Models:
@@ -26,22 +34,36 @@ class Models:
             label="Or a diffusers folder on this machine, or a hub repository (org/name) of the same kind",
             placeholder="/models/sd3.5-large",
         )
-        cards, machine = gr.HTML(), gr.HTML()
+        with gr.Row(elem_classes="qzo-buttons"):
+            fetch = gr.Button("Download this model", visible=False, min_width=160)
+            pause = gr.Button("Pause the download", visible=False, min_width=160)
+        fetched, cards, machine = gr.HTML(), gr.HTML(), gr.HTML()
         again = gr.Button("Look at the machine again", size="sm")
         timer = gr.Timer(2)
 
-        view, quiet = [choice, other, cards, machine], {"show_progress": "hidden", "api_visibility": "private"}
+        loading = [fetch, pause, fetched]
+        view = [choice, other, cards, machine, *loading]
+        quiet = {"show_progress": "hidden", "api_visibility": "private"}
         gr.on([draft.change, tab.select], plainly(self.show), draft, view, **quiet)
         choice.input(plainly(self.choose), [draft, choice], view, **quiet)
         gr.on([other.submit, other.blur], plainly(self.other), [draft, other], view, **quiet)
         again.click(self.again, None, [machine, timer], **quiet)
-        timer.tick(self.wait, draft, [cards, machine, timer], **quiet)
+        fetch.click(plainly(self.fetch), draft, [*loading, timer], **quiet)
+        pause.click(plainly(self.pause), draft, [*loading, timer], **quiet)
+        timer.tick(self.wait, draft, [cards, machine, timer, *loading], **quiet)
 
     def show(self, name: str) -> list:
         """The draft's model among all, and the machine."""
-        model = self.place.drafts.open(name).recipe().model if name else "tiny-sd3"
+        return self.view(self.model(name))
+
+    def view(self, model: str) -> list:
         known = model in MODELS
-        return [model if known else None, "" if known else model, self.cards(model), self.machine()]
+        shown = [model if known else None, "" if known else model, self.cards(model), self.machine()]
+        return [*shown, *self.fetched(model)]
+
+    def model(self, name: str) -> str:
+        """The model of a draft; the embedded one where there is no draft."""
+        return self.place.drafts.open(name).recipe().model if name in self.place.drafts.names() else "tiny-sd3"
 
     def choose(self, name: str, model: str) -> list:
         """A known model, at its own resolution."""
@@ -52,12 +74,50 @@ class Models:
             same = before.model == model
             draft.change(model=model, resolution=before.resolution if same else "")
             return self.show(name)
-        return [model, "", self.cards(model), self.machine()]
+        return self.view(model)
 
     def other(self, name: str, model: str) -> list:
-        if name and (model := (model or "").strip()) and self.place.drafts.open(name).recipe().model != model:
+        """A folder, checked at once, or a repository. Raises ModelError for what is neither."""
+        if name and (model := (model or "").strip()) and self.model(name) != model:
+            if folder := find(model):
+                check(folder)
+                model = str(folder) if model not in MODELS and "/" in model and Path(model).exists() else model
+            elif not re.fullmatch(REPOSITORY, model):
+                raise ModelError(f"there is no folder {model!r} on this machine, and a repository is written org/name")
             self.place.drafts.open(name).change(model=model, resolution="")
         return self.show(name)
+
+    # Downloads: a process of their own, which goes on when the page is closed
+
+    def job(self, model: str) -> Job:
+        return Job(self.place.runs, "download", re.sub(r"[^\w.-]+", "-", repository(model)))
+
+    def fetch(self, name: str) -> list:
+        """Begin a download, or go on with it: access and licence are asked for before anything long."""
+        model = self.model(name)
+        self.job(model).start("download", model, "--json", alone=False)
+        return [*self.fetched(model), gr.Timer(active=True)]
+
+    def pause(self, name: str) -> list:
+        self.job(self.model(name)).stop()
+        return [*self.fetched(self.model(name)), gr.Timer(active=True)]
+
+    def fetched(self, model: str) -> list:
+        """The two buttons, and how the download of a model stands."""
+        job = self.job(model)
+        if job.alive():
+            size = next((json.loads(line)["bytes"] for line in job.log() if line.startswith("{")), 0)
+            bar = figures.download(arrived(repository(model)), size)
+            return [gr.Button(visible=False), gr.Button(visible=True), bar]
+        missing = find(model) is None or self.place.machine().get("hub", {}).get("models", {}).get(model) is False
+        far = re.fullmatch(REPOSITORY, repository(model)) is not None and not Path(repository(model)).exists()
+        asked = job.record()
+        said = ""
+        if asked.get("stop"):
+            said = figures.notes([("flat", "Paused. What has arrived is kept; press again to go on.")])
+        elif asked and missing and far:
+            said = figures.notes([("bad", job.complaint())])
+        return [gr.Button(visible=missing and far), gr.Button(visible=False), said]
 
     def again(self) -> list:
         self.place.examine()
@@ -67,10 +127,16 @@ class Models:
         """While the machine is being looked at; then the clock rests."""
         if not self.place.doctor.record():
             self.place.examine()  # the first time that anybody looks
+        model = self.model(name)
+        if self.job(model).alive():
+            return [gr.skip(), gr.skip(), gr.skip(), *self.fetched(model)]
         if self.place.doctor.alive():
-            return [gr.skip(), gr.skip(), gr.skip()]
-        model = self.place.drafts.open(name).recipe().model if name in self.place.drafts.names() else "tiny-sd3"
-        return [self.cards(model), self.machine(), gr.Timer(active=False)]
+            return [gr.skip()] * 6
+        ended = self.job(model).record().get("started", 0)
+        if ended > self.place.doctor.record().get("started", 0):
+            self.place.examine()  # a download ended: is the model whole?
+            return [gr.skip(), gr.skip(), gr.skip(), *self.fetched(model)]
+        return [self.cards(model), self.machine(), gr.Timer(active=False), *self.fetched(model)]
 
     def cards(self, chosen: str) -> str:
         found = self.place.machine()
@@ -80,10 +146,10 @@ class Models:
         cards = []
         for known in MODELS.values():
             entry = can.get(known.name)
-            there = here.get(known.name)
+            there = here.get(known.name, True if find(known.name) else None)
             status = {
                 True: "on this machine",
-                False: "not here yet; fetched when training starts",
+                False: "not here yet: download it here, or it is fetched when training starts",
                 None: "not known yet",
             }
             if entry is None:
@@ -112,6 +178,8 @@ class Models:
                     }
                 )  # fmt: skip
             )
+        if chosen not in MODELS:
+            cards.append(figures.model(other_model(chosen)))
         return f'<div class="qzo-models">{"".join(cards)}</div>'
 
     def machine(self) -> str:
@@ -128,3 +196,22 @@ class Models:
         rows.append(("hub", "there is a token" if found["hub"]["token"] else "no token; only needed behind a licence"))
         rows += [("note", note) for note in found["notes"]]
         return figures.facts("This machine", rows)
+
+
+def other_model(model: str) -> dict:
+    """The card of a folder or a repository that is none of the known models."""
+    folder, facts = find(model), []
+    if folder is None:
+        verdict = ("flat", "Not on this machine yet. Download it here, or it is fetched when training starts.")
+    else:
+        try:
+            check(folder)
+            quantized = "quantization_config" in read_json(folder / "transformer" / "config.json")
+            facts.append(("weights", "quantised already" if quantized else "quantised as they are loaded"))
+            verdict = ("good", "A whole Stable Diffusion 3 pipeline, as far as its files tell.")
+        except ModelError as error:
+            verdict = ("bad", str(error))
+        size = sum(f.stat().st_size for f in folder.rglob("*") if f.is_file())
+        facts.append(("files", f"{figures.size(size)}, in {folder}"))
+    facts.append(("licence", "as the base model"))
+    return {"title": Path(model).name, "notes": model, "facts": facts, "verdict": verdict, "chosen": True}

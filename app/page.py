@@ -44,7 +44,7 @@ def build(runs: Path) -> gr.Blocks:
             with gr.Tab("Result", id="result") as result:
                 Result(place).build(run, result)
             with gr.Tab("Runs", id="runs") as history:
-                History(place).build(run, history)
+                History(place).build(draft, run, tabs, history)
 
         def take_up(request: gr.Request) -> list:
             """Where the work stands: the draft that was changed last, and the run of the link, or one that runs."""

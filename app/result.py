@@ -13,12 +13,18 @@ from app.jobs import Job
 from app.place import Place
 from app.plainly import plainly
 from app.train import prompts_of, settings_of
+from zo_engine import card
+from zo_engine.hub import text_length
 
 FILES = (
-    ("style.safetensors", "The style", "qzo apply, compare and export; a few numbers for every layer"),
-    ("style-journal.safetensors", "The style as a journal", "the same, as the steps that made it"),
-    ("recipe.toml", "The recipe", "qzo train makes the same run again"),
-    ("plots/loss.png", "The figures", "any viewer of pictures"),
+    ("style.safetensors", "The style", "Opened by QZO Studio: qzo apply, compare and export"),
+    (
+        "style-journal.safetensors",
+        "The style as a journal",
+        "The same, as the steps that made it; opened in the same way",
+    ),
+    ("recipe.toml", "The recipe", "Opened by any text editor; qzo train makes the same run again"),
+    ("plots/loss.png", "The figures", "Opened by any viewer of pictures"),
 )
 
 
@@ -85,14 +91,22 @@ class Result:
         settings = settings_of(run, run.recipe_file)
         prompts = "\n".join(prompts_of(settings)[:8])
         seed = settings.preview_seed if settings else 42
-        rows = [
-            (what, media.url("run", name, file, int((run.path / file).stat().st_mtime)),
-             figures.size((run.path / file).stat().st_size), opens)
-            for file, what, opens in FILES if (run.path / file).exists()
-        ]  # fmt: skip
         slider = self.slider(name, steps[-1]) if steps else None
         return [chooser, "", gr.Column(visible=True), slider, chosen, prompts, seed,
-                figures.downloads(rows), self.known(name)]  # fmt: skip
+                self.files(name), self.known(name)]  # fmt: skip
+
+    def files(self, name: str) -> str:
+        """What can be taken home, each with what opens it."""
+        run, rows = self.place.jobs.run(name), []
+        known = card.read(run.style_file)
+        for file, what, opens in FILES:
+            path = run.path / file
+            if path.exists():
+                stat = path.stat()
+                snippet = card.style_snippet(Path(path.name), known) if path.suffix == ".safetensors" else ""
+                rows.append((what, media.url("run", name, file, int(stat.st_mtime)), figures.size(stat.st_size), opens,
+                             snippet))  # fmt: skip
+        return figures.downloads(rows)
 
     def slider(self, name: str, step: int) -> tuple[Image.Image, Image.Image] | None:
         """The sheets of previews before the first step and at one of the others."""
@@ -148,15 +162,18 @@ class Result:
         job = self._job(name, "export")
         if job.alive():
             return '<p class="qzo-empty busy" role="status">Writing the model; this takes some seconds or minutes</p>'
-        folders = sorted(self.place.jobs.run(name).path.glob("exported-*"))
-        lines = [
-            ("good", f"{f} ({figures.size(sum(x.stat().st_size for x in f.rglob('*') if x.is_file()))}): open it with "
-             f'StableDiffusion3Pipeline.from_pretrained("{f}")') for f in folders
-        ]  # fmt: skip
+        run = self.place.jobs.run(name)
+        known, rows = card.read(run.style_file), []
+        for folder in sorted(run.path.glob("exported-*")):
+            used = figures.size(sum(f.stat().st_size for f in folder.rglob("*") if f.is_file()))
+            strength = folder.name.removeprefix("exported-")
+            opens = f"With a model card, at strength {strength}. Opened by plain diffusers on a GPU, and by QZO Studio "
+            opens += f"as a model. On the machine of this page: {folder}"
+            snippet = card.folder_snippet(folder, known, text_length(folder))
+            rows.append(("The whole model", "", used, opens, snippet))
         words = job.record().get("words", [])
-        if words and not Path(words[2]).exists():
-            lines.append(("bad", job.complaint()))
-        return figures.notes(lines)
+        trouble = [("bad", job.complaint())] if words and not Path(words[2]).exists() else []
+        return figures.downloads(rows) + figures.notes(trouble)
 
     def _ask(self, name: str) -> None:
         """Let `qzo inspect` say what the style is, once for each version of it."""

@@ -7,10 +7,10 @@ from pathlib import Path
 from threading import Lock
 from typing import Any
 
+from zo_engine.journal import smoothing
 from zo_engine.run import Run
 
 POINTS = 300  # of a curve: more than the pixels of a phone, and nothing for a browser to think about
-MEMORY = 0.95  # of the smoothed training loss, as in the run's own plot
 
 
 @dataclass
@@ -85,11 +85,11 @@ class Series:
 
     def training(self) -> tuple[Curve, Curve]:
         """The training loss of every step, and smoothed."""
-        rows, average, weight = [], 0.0, 0.0
+        rows, average, weight, memory = [], 0.0, 0.0, smoothing(len(self.journal))
         for line in self.journal:
             loss = line.get("loss")
             if loss is not None and math.isfinite(loss):
-                average, weight = MEMORY * average + (1 - MEMORY) * loss, MEMORY * weight + (1 - MEMORY)
+                average, weight = memory * average + (1 - memory) * loss, memory * weight + (1 - memory)
                 rows.append([line["step"] + 1, loss, average / weight])
         points = thin(rows)
         x, raw, smooth = ([p[i] for p in points] for i in range(3))
@@ -107,15 +107,20 @@ class Series:
                 for name, curve in zip(names, self.training(), strict=True)
                 for x, y in zip(curve.x, curve.y, strict=True)
             ]
-        if which == "Step size":
-            return [(x, y, "step size") for x, y in thin([[r["step"] + 1, r["step_size"]] for r in self.journal])]
-        rows = []
+        if which == "Size of a step":
+            sizes = [[r["step"] + 1, r["size"] if "size" in r else r["step_size"]] for r in self.journal]
+            return [(x, y, "size") for x, y in thin(sizes)]
+        rows, names = [], ("gain on fresh pictures, percent",)
         for record in self.journal:
-            slopes = [abs(d) for d in record["slopes"] if d is not None]
+            slopes = [abs(d) for d in record.get("slopes", ()) if d is not None]
+            tried = [loss for loss in record.get("tried", ()) if loss is not None]
             if slopes:
                 rows.append([record["step"] + 1, sum(slopes) / len(slopes), record["clip"]])
+                names = ("mean |d|", "clip")
+            elif tried:
+                rows.append([record["step"] + 1, 100 * (1 - min(tried) / tried[0])])
         thinned = thin(rows)
-        return [(x, d, "mean |d|") for x, d, _ in thinned] + [(x, c, "clip") for x, _, c in thinned]
+        return [(row[0], row[i], name) for i, name in enumerate(names, 1) for row in thinned]
 
     def best(self) -> dict[str, Any] | None:
         return min(self.evaluations, key=lambda e: e["loss"], default=None)

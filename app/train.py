@@ -1,13 +1,16 @@
 """The tab of training: a few dials, the start, and everything that a run's folder says while it goes."""
 
+import dataclasses
 import shlex
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import gradio as gr
 
 from app import figures, form
-from app.drafts import title
+from app.drafts import DraftError, title
+from app.estimate import Estimate, estimate, pixels_of
 from app.jobs import Standing
 from app.place import Place
 from app.plainly import plainly
@@ -17,10 +20,20 @@ from zo_engine import recipe as recipes
 from zo_engine.hub import MODELS
 from zo_engine.run import Run
 
-LENGTHS = [("Quick, 100 steps", 100), ("Normal, 300 steps", 300), ("Thorough, 1,000 steps", 1000)]
+LENGTHS = [("Quick, 12 steps", 12), ("Normal, 32 steps", 32), ("Thorough, 80 steps", 80)]
 ELSEWHERE = ("images", "trigger", "model")  # fields with a place of their own, on the tabs before
 DIALS = ("steps", "resolution", "prompts")
 ADVANCED = tuple(name for name in form.FIELDS if name not in ELSEWHERE + DIALS)
+SAY_WHICH_STEP = """
+element.addEventListener('click', (e) => {
+  const area = e.target.closest('[data-left]');
+  if (!area) return;
+  const box = area.getBoundingClientRect(), left = +area.dataset.left, right = +area.dataset.right;
+  trigger('pick', {step: left + (right - left) * (e.clientX - box.left) / box.width});
+});
+"""
+ALL = "the way so far"
+LOOK_AT_THE_PICTURES = "() => document.querySelector('#at')?.scrollIntoView({behavior: 'smooth', block: 'nearest'})"
 LOOK_AT_THE_RUN = "() => setTimeout(() => document.querySelector('#run')?.scrollIntoView({behavior: 'smooth'}), 700)"
 PERIOD = 1.5  # seconds between two looks at the run's folder
 
@@ -50,6 +63,7 @@ class Training:
             with gr.Tab("Preview prompts"):
                 self.fields["prompts"] = form.component("prompts", lines=10)
             with gr.Tab("The same on the command line"):
+                load = gr.UploadButton("Load the settings of a recipe.toml", file_types=[".toml"], size="sm")
                 command = gr.Code(label="Command", language="shell", interactive=False)
                 toml = gr.Code(label="recipe.toml", interactive=False, max_lines=24)
 
@@ -58,19 +72,29 @@ class Training:
             with gr.Row(equal_height=False, elem_classes="qzo-live"):
                 with gr.Column(scale=2, min_width=300):
                     card = gr.HTML(elem_id="card")
-                    with gr.Row(elem_classes="qzo-inline"):
-                        stop = gr.Button("Stop and save", variant="stop", min_width=120)
+                    with gr.Row(elem_classes="qzo-buttons"):
+                        preview = gr.Button("Preview now", min_width=120)
+                        save = gr.Button("Save now", min_width=120)
+                        stop = gr.Button("Stop and save", variant="primary", min_width=120)
                         resume = gr.Button("Resume", min_width=120)
                         compare = gr.Button("Compare", min_width=120)
+                        discard = gr.Button("Discard", variant="stop", min_width=120)
+                    with gr.Group(visible=False, elem_classes="qzo-sure") as sure:
+                        gr.HTML("<p>Discard this run? It ends at once, and its folder goes to the bin.</p>")
+                        with gr.Row(elem_classes="qzo-buttons"):
+                            yes = gr.Button("Yes, discard it", variant="stop", min_width=120)
+                            no = gr.Button("Keep it", min_width=120)
                     why = gr.HTML()
-                charts = gr.HTML(elem_id="charts")
+                charts = gr.HTML(elem_id="charts", js_on_load=SAY_WHICH_STEP)
+            at = gr.Dropdown([ALL], value=ALL, label="Pictures of", elem_id="at", interactive=True,
+                             info="Or click a point of a curve")  # fmt: skip
             previews = gr.HTML(elem_id="previews")
             with gr.Accordion("What the run said", open=False):
                 log = gr.Textbox(show_label=False, container=False, lines=14, max_lines=14, autoscroll=True,
                                  interactive=False, elem_classes="qzo-log")  # fmt: skip
             with gr.Accordion("Every figure, to look at closely", open=False):
                 figure = gr.Radio(
-                    ["Held-out loss", "Training loss", "Slopes |d| and clip", "Step size"], value="Training loss",
+                    ["Held-out loss", "Training loss", "What a step does", "Size of a step"], value="Training loss",
                     show_label=False, container=False,
                 )  # fmt: skip
                 plot = gr.LinePlot(None, x="step", y="value", color="line", height=320, container=False)
@@ -78,7 +102,8 @@ class Training:
 
         self.form_order = list(self.fields)
         view = [plan, start, length, command, toml, *self.fields.values()]
-        watched = [seen, live, chooser, card, stop, resume, compare, why, charts, previews, log]
+        watched = [seen, live, chooser, card, preview, save, stop, resume, compare, why, charts, at, previews, log]
+        asked = [run, seen, at]
         quiet = {"show_progress": "hidden", "api_visibility": "private"}
         gr.on([draft.change, tab.select], plainly(self.show), draft, view, **quiet)
         for name, field in self.fields.items():
@@ -87,14 +112,22 @@ class Training:
             gr.on(events, change, [draft, field], [plan, length, command, toml, field], **quiet)
         length.input(plainly(self.length), [draft, length], [plan, command, toml, self.fields["steps"]], **quiet)
         start.click(plainly(self.start), draft, run, api_visibility="private").success(None, js=LOOK_AT_THE_RUN)
-        stop.click(plainly(self.stop), [run, seen], watched, **quiet)
-        resume.click(plainly(self.resume), [run, seen], watched, **quiet)
+        load.upload(plainly(self.load), [draft, load], view, **quiet)
+        preview.click(plainly(self.preview), run, None, **quiet)
+        save.click(plainly(self.save), run, None, **quiet)
+        stop.click(plainly(self.stop), asked, watched, **quiet)
+        resume.click(plainly(self.resume), asked, watched, **quiet)
+        discard.click(lambda: gr.Group(visible=True), None, sure, **quiet)
+        no.click(lambda: gr.Group(visible=False), None, sure, **quiet)
+        yes.click(plainly(self.discard), run, [run, sure], **quiet)
+        run.change(lambda: gr.Group(visible=False), None, sure, **quiet)
+        charts.pick(self.pick, asked, watched, **quiet).then(None, js=LOOK_AT_THE_PICTURES)
         compare.click(lambda: gr.Tabs(selected="result"), None, tabs, **quiet)
         chooser.input(self.choose, chooser, run, **quiet)
         gr.on([draw.click, figure.input], plainly(self.draw), [run, figure], plot, api_visibility="private")
-        gr.on([run.change, tab.select], self.watch, [run, seen], watched, **quiet)
+        gr.on([run.change, tab.select, at.input], self.watch, asked, watched, **quiet)
         timer = gr.Timer(PERIOD)
-        timer.tick(self.watch, [run, seen], watched, trigger_mode="once", concurrency_limit=None, **quiet)
+        timer.tick(self.watch, asked, watched, trigger_mode="once", concurrency_limit=None, **quiet)
 
     # The settings
 
@@ -119,6 +152,14 @@ class Training:
     def length(self, name: str, steps: int) -> list:
         settings = self.place.drafts.open(name).change(steps=int(steps))
         return [self.plan(name), *self.texts(name), settings.steps]
+
+    def load(self, name: str, file: str) -> list:
+        """The settings of a recipe, for the pictures that are here."""
+        if not name:
+            raise DraftError("there are no pictures yet; bring some first, then load the recipe")
+        loaded = dataclasses.asdict(recipes.load(Path(file)))
+        self.place.drafts.open(name).change(**{k: v for k, v in loaded.items() if k != "images"})
+        return self.show(name)
 
     def texts(self, name: str) -> tuple[str, str]:
         """The command line and the recipe that do what the button does."""
@@ -147,16 +188,23 @@ class Training:
         known = MODELS.get(settings.model)
         resolution = settings.resolution or (known.resolution if known else "512")
         held = dataset.held_out(len(contents.pictures), settings.holdout)
+        sizes = [picture.size for picture in contents.pictures.values()]
+        pixels = pixels_of(draft.buckets(), sizes)
+        needs = estimate(settings, pixels, self.place.jobs, self.place.machine())
         rows = [
             ("pictures", f"{len(contents.pictures)}, of which {held} are kept out to measure with"),
             ("trigger", settings.trigger or "none"),
             ("model", known.title if known else settings.model),
             ("size", f"{resolution.replace(',', ', ')} pixels"),
             ("length", f"{settings.steps:,} steps of {settings.batch_size} pictures"),
+            ("time", time_needed(needs)),
+            ("memory", f"about {figures.size(needs.memory)}, {figures.size(needs.free_memory)} free"),
+            ("disk", disk_needed(needs)),
         ]
         if waiting := self.place.jobs.live():
             rows.append(("begins", f"by itself, when {title(waiting[0])} has left the device"))
-        return figures.facts(title(name), rows)
+        short = [("bad", problem) for problem in needs.problems()]
+        return figures.facts(title(name), rows, note="Time, memory and disk are estimates.") + figures.notes(short)
 
     # The run
 
@@ -166,18 +214,41 @@ class Training:
         dataset.read(settings.images, settings.trigger, settings.caption)
         return self.place.jobs.start(settings, name)
 
-    def stop(self, run: str, seen: dict) -> list:
-        self.place.jobs.stop(run)
-        return self.watch(run, seen)
+    def preview(self, run: str) -> None:
+        self.place.jobs.ask(run, "preview")
+        gr.Info("The pictures are drawn after this step", duration=4)
 
-    def resume(self, run: str, seen: dict) -> list:
+    def save(self, run: str) -> None:
+        self.place.jobs.ask(run, "save")
+        gr.Info("The style is saved after this step; the training goes on", duration=4)
+
+    def stop(self, run: str, seen: dict, at: str) -> list:
+        self.place.jobs.stop(run)
+        return self.watch(run, seen, at)
+
+    def resume(self, run: str, seen: dict, at: str) -> list:
         self.place.jobs.resume(run)
-        return self.watch(run, seen)
+        return self.watch(run, seen, at)
+
+    def discard(self, run: str) -> tuple[str, gr.Group]:
+        """The run goes to the bin, and the one before it is taken up."""
+        self.place.jobs.discard(run)
+        return next(iter(self.place.jobs.names()), ""), gr.Group(visible=False)
+
+    def pick(self, run: str, seen: dict, at: str, event: gr.EventData) -> list:
+        """The pictures that are nearest to a point of a curve."""
+        steps = pictured(self.place.jobs.run(run))[1:] if run in self.place.jobs.names() else []
+        nearest = min(steps, key=lambda step: abs(step - float(event.step)), default=None)
+        if nearest is None:
+            return self.watch(run, seen, at)
+        seen, *parts = self.watch(run, seen, f"step {nearest:,}")
+        parts[PARTS.index("at")] = gr.Dropdown(value=f"step {nearest:,}")
+        return [seen, *parts]
 
     def choose(self, run: str) -> str:
         return run if run in self.place.jobs.names() else ""
 
-    def watch(self, run: str, seen: dict) -> list:
+    def watch(self, run: str, seen: dict, at: str) -> list:
         """What the run's folder says now; a part that is as it was is not sent again."""
         if run not in self.place.jobs.names():
             return self._fresh(seen, {"live": gr.Column(visible=False)} | dict.fromkeys(PARTS[1:], gr.skip()), {})
@@ -188,28 +259,38 @@ class Training:
         names = self.place.jobs.names()
         series = Series.of(folder)
         shots = len(list(folder.previews.glob("*/*.png")))
+        steps_drawn = pictured(folder)
+        choices = {ALL: None} | {f"step {step:,}": step for step in steps_drawn[1:]}
+        left = at not in choices or seen.get("at", (run,))[0] != run  # the pictures were of another run
+        at = ALL if left else at
+        running = standing.state == "running"
         marks = {
             "live": True,
             "chooser": (run, *names),
             "card": (run, standing.state, standing.message, tuple(standing.status.items())),
-            "stop": standing.live and standing.state != "stopping",
-            "resume": standing.why_not_resume,
-            "compare": folder.style_file.exists(),
+            "preview": (standing.live, running),
+            "save": (standing.live, running),
+            "stop": (standing.live, standing.live and standing.state != "stopping"),
+            "resume": (not standing.live, not standing.why_not_resume),
+            "compare": (not standing.live, folder.style_file.exists()),
             "why": (standing.state, standing.why_not_resume),
-            "charts": (run, len(series.journal), len(series.evaluations)),
-            "previews": (run, shots),
+            "charts": (run, len(series.journal), len(series.evaluations), len(steps_drawn)),
+            "at": (run, *steps_drawn),
+            "previews": (run, shots, at),
             "log": tuple(self.place.jobs.job(run).log(3)),
         }
         make = {
             "live": lambda: gr.Column(visible=True),
             "chooser": lambda: gr.Dropdown(choices=[(title(n), n) for n in names], value=run),
             "card": lambda: figures.card(standing, folder, steps),
-            "stop": lambda: gr.Button(interactive=marks["stop"]),
-            "resume": lambda: gr.Button(interactive=not standing.why_not_resume),
-            "compare": lambda: gr.Button(interactive=marks["compare"]),
+            **{name: partial(button, *marks[name]) for name in ("preview", "save", "stop", "resume", "compare")},
             "why": lambda: reason(standing),
-            "charts": lambda: figures.charts(series),
-            "previews": lambda: figures.previews(folder, run, prompts_of(settings)),
+            "charts": lambda: figures.charts(series, steps_drawn),
+            # its value is the browser's own: a look that was asked for before a choice must not undo it
+            "at": lambda: gr.Dropdown(
+                choices=list(choices), visible=len(choices) > 1, **{"value": ALL} if left else {}
+            ),
+            "previews": lambda: figures.previews(folder, run, prompts_of(settings), choices[at]),
             "log": lambda: "\n".join(self.place.jobs.job(run).log()),
         }
         return self._fresh(seen, {k: f() if seen.get(k) != marks[k] else gr.skip() for k, f in make.items()}, marks)
@@ -225,7 +306,31 @@ class Training:
         return pandas.DataFrame(series.table(which), columns=["step", "value", "line"])
 
 
-PARTS = ("live", "chooser", "card", "stop", "resume", "compare", "why", "charts", "previews", "log")
+PARTS = (
+    "live", "chooser", "card", "preview", "save", "stop", "resume", "compare", "why", "charts", "at", "previews", "log",
+)  # fmt: skip
+
+
+def button(visible: bool, interactive: bool) -> gr.Button:
+    return gr.Button(visible=visible, interactive=interactive)
+
+
+def time_needed(needs: Estimate) -> str:
+    """How long a run will take, and how that is known."""
+    if needs.seconds is None:
+        return "not known yet: the first step is timed before the rest begins to count"
+    how = f"as {needs.source} went" if needs.exact else f"reckoned from {needs.source}"
+    return f"about {figures.duration(needs.seconds)}, {how}"
+
+
+def disk_needed(needs: Estimate) -> str:
+    text = f"about {figures.size(needs.disk)}, {figures.size(needs.free_disk)} free"
+    return text + (f"; first a download of {figures.size(needs.download)}" if needs.download else "")
+
+
+def pictured(run: Run) -> list[int]:
+    """The steps of a run that have pictures, the untrained model first."""
+    return sorted({int(f.parent.name) for f in run.previews.glob("*/00.png") if f.parent.name.isdigit()})
 
 
 def pace(steps: int) -> int | None:
@@ -235,7 +340,7 @@ def pace(steps: int) -> int | None:
 
 def reason(standing: Standing) -> str:
     """Why Resume is grey, where somebody may wonder."""
-    if standing.live or standing.state == "done" or not standing.why_not_resume:
+    if standing.live or not standing.why_not_resume:
         return ""
     return figures.notes([("flat", f"Resume is off: {standing.why_not_resume}.")])
 

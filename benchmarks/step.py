@@ -14,9 +14,9 @@ from common import save
 
 from zo_engine import models
 from zo_engine.blocks import Prefix, levels
-from zo_engine.newton import DIRECTIONS, FRESH, GaussNewton
+from zo_engine.newton import FRESH, GaussNewton
 from zo_engine.probes import GainSpace, GroupSpace, central, evaluate
-from zo_engine.recipe import Recipe
+from zo_engine.recipe import DIRECTIONS, Recipe
 from zo_engine.scales import find_scales
 from zo_engine.tasks.diffusion import Batch, flow_errors, flow_losses
 from zo_engine.train import memory, pick_device, pick_dtype
@@ -93,9 +93,10 @@ def measure(model: str, batch: int, rounds: int, device: str) -> dict:
 
         newton.advance(errors, batch)
         newton.theta.zero_()
+        newton.step = 0
 
     def its_rows() -> None:
-        for _ in range(newton.cost() * batch // ROWS):
+        for _ in range(newton.cost(0) * batch // ROWS):
             flow_losses(transformer, wide, dtype)
 
     contestants = {

@@ -1,6 +1,7 @@
 """The page: what it keeps on disk, what it starts and finds again, who may ask, and what it says of bad input."""
 
 import base64
+import dataclasses
 import io
 import json
 import os
@@ -13,6 +14,7 @@ import time
 import zipfile
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import httpx
 import pytest
@@ -22,15 +24,18 @@ gr = pytest.importorskip("gradio", reason="the page's own extra is not installed
 
 from app import form  # noqa: E402
 from app.data import Pictures, summary  # noqa: E402
+from app.estimate import Estimate, estimate  # noqa: E402
 from app.guard import TRIES, Guard  # noqa: E402
 from app.history import History  # noqa: E402
 from app.jobs import JobError, Jobs  # noqa: E402
+from app.model import Models  # noqa: E402
 from app.page import serve  # noqa: E402
 from app.place import Place  # noqa: E402
 from app.plainly import plainly  # noqa: E402
 from app.result import Result  # noqa: E402
 from app.series import POINTS, Series  # noqa: E402
-from app.train import ELSEWHERE, Training  # noqa: E402
+from app.train import ALL, ELSEWHERE, PARTS, Training, pictured  # noqa: E402
+from zo_engine.hub import pixel_multiple  # noqa: E402
 from zo_engine.journal import Step  # noqa: E402
 from zo_engine.recipe import Recipe  # noqa: E402
 from zo_engine.run import Run  # noqa: E402
@@ -306,6 +311,58 @@ def test_bad_input_is_one_sentence(place, tmp_path):
     assert place.jobs.names() == []
 
 
+def test_a_recipe_is_loaded_for_the_pictures_that_are_here(place, tmp_path):
+    file = tmp_path / "theirs.toml"
+    file.write_text('images = "/elsewhere"\ntrigger = "gold"\nsteps = 77\nprompts = ["a [trigger] cup"]\n')
+    training = Training(place)
+    with gr.Blocks():
+        training.build(gr.State(""), gr.State(""), gr.Tabs(), gr.Tab())
+    assert "there are no pictures yet" in sentence(training.load, "", str(file))
+    draft = place.drafts.example("woodcut")
+    training.load("woodcut", str(file))
+    assert (draft.recipe().steps, draft.recipe().trigger) == (77, "gold")
+    assert draft.recipe().images == str(draft.own_images)
+    file.write_text("stepps = 3\n")
+    assert "did you mean steps" in sentence(training.load, "woodcut", str(file))
+    assert draft.recipe().steps == 77
+
+
+def test_what_is_short_is_said_before_the_start():
+    enough = Estimate(60, 1e9, 1e6, 0, "", False, free_memory=2e9, free_disk=1e9)
+    assert enough.problems() == []
+    short = dataclasses.replace(enough, memory=3e9, disk=2e9).problems()
+    assert short[0].startswith("About 3.0 GB of memory may be needed, and 2.0 GB are free") and len(short) == 2
+
+
+# Models
+
+
+def test_a_folder_is_checked_when_it_is_chosen(place, tiny_folder, tmp_path):
+    draft, models = place.drafts.example("tarot"), Models(place)
+    assert "is not a diffusers pipeline" in sentence(models.other, "tarot", str(tmp_path))
+    assert "there is no folder '/nowhere/at/all'" in sentence(models.other, "tarot", "/nowhere/at/all")
+    assert draft.recipe().model == "tiny-sd3"
+    choice, other, cards, _, fetch, *_ = models.other("tarot", str(tiny_folder))
+    assert (choice, other, draft.recipe().model) == (None, str(tiny_folder), str(tiny_folder))
+    assert "A whole Stable Diffusion 3 pipeline" in cards and fetch.visible is False
+    multiple = pixel_multiple(tiny_folder)
+    assert all(width % multiple == height % multiple == 0 for width, height in draft.buckets())
+
+
+def test_a_download_without_a_network_ends_in_a_sentence(place, monkeypatch, tmp_path):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("HF_HOME", str(tmp_path))
+    place.drafts.example("tarot").change(model="nobody/no-such-model")
+    models, job = Models(place), Models(place).job("nobody/no-such-model")
+    assert models.show("tarot")[4].visible
+    models.fetch("tarot")
+    while job.alive():
+        time.sleep(0.05)
+    fetch, pause, said = models.fetched("nobody/no-such-model")
+    assert fetch.visible and not pause.visible
+    assert "the hub cannot be reached" in said and "what has arrived is kept" in said and "Traceback" not in said
+
+
 def test_a_defect_is_not_dressed_up_as_a_sentence():
     with pytest.raises(ValueError, match="invalid literal"):
         plainly(lambda: int("no number"))()
@@ -334,13 +391,31 @@ def test_a_run_is_found_again_stopped_killed_and_resumed(place, tiny_folder):
         assert other.look(second).state == "stopped" and "start it again" in other.look(second).why_not_resume
 
         until(lambda: other.look(name).state == "running" and other.look(name).status["step"] > 0, job)
-        seen, *parts = Training(Place(place.runs)).watch(name, {})
-        assert "training" in parts[2] and "a tarot &lt;b&gt;" in parts[8]
+        seen, *parts = Training(Place(place.runs)).watch(name, {}, ALL)
+        shown = dict(zip(PARTS, parts, strict=True))
+        assert "training" in shown["card"] and "a tarot &lt;b&gt;" in shown["previews"]
         assert all(part == gr.skip() for part in Training(place)._fresh(seen, dict.fromkeys(seen, gr.skip()), seen)[1:])
         with pytest.raises(JobError, match="still running; stop it first"):
             other.bin(name)
 
-        Training(place).stop(name, {})
+        with pytest.raises(JobError, match="at work"):
+            other.rename(name, "another")
+        at = other.look(name).status["step"]
+        other.ask(name, "preview")
+        other.ask(name, "save")
+        until(lambda: len(pictured(other.run(name))) == 2 and other.run(name).style_file.exists(), job)
+        assert pictured(other.run(name))[1] >= at and other.run(name).asked() == set()
+        picked = Training(place).pick(name, {}, ALL, SimpleNamespace(step=at))
+        assert 'class="shots pair"' in dict(zip(PARTS, picked[1:], strict=True))["previews"]
+        until(lambda: other.look(name).state == "running" and "one_step" in other.look(name).status, job)
+
+        job.process().suspend()
+        until(lambda: other.look(name).state == "silent", job)
+        assert other.look(name).live and "has not answered" in other.look(name).message
+        job.process().resume()
+        until(lambda: other.look(name).state == "running", job)
+
+        Training(place).stop(name, {}, ALL)
         until(lambda: other.look(name).state == "stopped", job)
         while job.alive():
             time.sleep(0.05)
@@ -356,6 +431,22 @@ def test_a_run_is_found_again_stopped_killed_and_resumed(place, tiny_folder):
         standing = other.look(name)
         assert standing.state == "interrupted" and not standing.why_not_resume
         assert len(other.run(name).journal()) > step
+
+        needs = estimate(draft.recipe(), 32 * 32, other, {})
+        assert needs.exact and needs.seconds == 5000 * standing.status["seconds_per_step"]
+        assert needs.memory == standing.status["memory"] and needs.disk > 0 and needs.download == 0
+        assert not estimate(draft.change(batch_size=4), 32 * 32, other, {}).exact
+        assert estimate(draft.change(depth=1), 32 * 32, other, {}).seconds is None
+
+        assert History(place).rename(name, "The <b> one", name, "")[-2] == "the-b-one"
+        assert other.look("the-b-one").state == "interrupted" and name not in other.names()
+        draft.change(eps=0.05)
+        assert History(place).again("the-b-one")[0] == "tarot" and draft.recipe().eps == 0.01
+        other.resume("the-b-one")
+        until(lambda: other.look("the-b-one").state == "running", other.job("the-b-one"))
+        assert Training(place).discard("the-b-one")[0] != "the-b-one"
+        assert "the-b-one" not in other.names() and (place.runs / ".bin" / "the-b-one").is_dir()
+        assert not other.job("the-b-one").alive()
     finally:
         for left in other.names():
             if process := other.job(left).process():
@@ -370,7 +461,7 @@ def test_a_start_that_fails_says_why(place, tmp_path):
         time.sleep(0.05)
     standing = place.jobs.look(name)
     assert standing.state == "failed" and standing.message == f"there is no recipe at {tmp_path / 'gone.toml'}"
-    assert "start it again" in sentence(Training(place).resume, name, {})
+    assert "start it again" in sentence(Training(place).resume, name, {}, ALL)
     History(place).away(name, name, "")
     assert place.jobs.names() == [] and (place.runs / ".bin" / name).is_dir()
 
@@ -388,7 +479,7 @@ def test_a_foreign_process_of_the_same_number_is_not_the_run(place):
     """Ids are given again after a restart: this one belongs to the test itself."""
     run = Run.create(place.runs / "old", Recipe())
     run.write_status("running", step=3)
-    status = run.status() | {"time": "2001-01-01T00:00:00+00:00"}
+    status = run.status() | {"time": "2001-01-01T00:00:00+00:00", "started": 978307200.0}
     (run.path / "status.json").write_text(json.dumps(status))
     job = place.jobs.job("old")
     job.file.parent.mkdir(parents=True)

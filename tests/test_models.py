@@ -529,7 +529,8 @@ class Hub(BaseHTTPRequestHandler):
         path = self.path.split("?")[0]
         self.asked.append(path)
         if "org/gated" in path:
-            return self.answer(403, b"", {"X-Error-Code": "GatedRepo"})
+            known = "authorization" in self.headers
+            return self.answer(403 if known else 401, b"", {"X-Error-Code": "GatedRepo"})
         if "org/model" not in path:
             return self.answer(404, b"", {"X-Error-Code": "RepoNotFound"})
         if path.endswith("/auth-check"):
@@ -592,7 +593,10 @@ def test_a_model_is_downloaded_once_and_then_found_without_network(local_hub, fo
     (folder / "sd3.5_large.safetensors").write_bytes(b"a duplicate")
     with pytest.raises(ModelError, match="not on this machine, and downloading was not asked for"):
         locate("org/model", download=False)
-    found = locate("org/model")
+    sizes = []
+    found = locate("org/model", begin=sizes.append)
+    assert sizes == [sum(p.stat().st_size for p in found.rglob("*") if p.is_file())]
+    assert 0 < hub.arrived("org/model") <= sizes[0] and hub.find("org/model") == found
     assert not any("sd3.5_large" in path for path in handler.asked)
     assert code_hash(load_transformer(found)) == code_hash(load_transformer(folder))
     shut()
@@ -609,7 +613,11 @@ def test_an_interrupted_download_is_completed(local_hub):
 
 
 def test_the_hub_says_no_in_one_sentence(local_hub, monkeypatch):
+    monkeypatch.delenv("HF_TOKEN", raising=False)
     with pytest.raises(ModelError, match="accept its licence first: .*`hf auth login`"):
+        locate("org/gated")
+    monkeypatch.setenv("HF_TOKEN", "hf_of-somebody-who-has-not-accepted")
+    with pytest.raises(ModelError, match="accept its licence first: .*accept it, then try again"):
         locate("org/gated")
     with pytest.raises(ModelError, match="no folder and no hub repository 'org/nothing'"):
         locate("org/nothing")

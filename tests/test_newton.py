@@ -15,10 +15,10 @@ from exact import exact_net, net_inputs, quantised_net
 from zo_engine.blocks import Prefix, levels
 from zo_engine.journal import Move, read
 from zo_engine.models import load_transformer
-from zo_engine.newton import DAMPINGS, FRESH, GROWTH, GaussNewton
+from zo_engine.newton import DAMPINGS, FRESH, GaussNewton
 from zo_engine.noise import Layout
 from zo_engine.probes import GainSpace, evaluate
-from zo_engine.recipe import Recipe
+from zo_engine.recipe import GROWTH, Recipe
 from zo_engine.scales import find_scales
 from zo_engine.style import journal_records, journal_tensors, make_space
 from zo_engine.zo import ZO
@@ -121,7 +121,7 @@ def test_nothing_tuned_an_ill_conditioned_bowl_is_solved_where_slopes_crawl():
     errors, passes = least_squares(matrices, targets)(newton), 0
     for _ in range(40):
         newton.advance(errors, BATCH)
-        passes += newton.cost() + FRESH * (len(DAMPINGS) + 1)
+        passes += newton.cost(newton.step) + FRESH * (len(DAMPINGS) + 1)
     left = lambda theta: ((matrices[0] @ theta.double() - targets[0]) ** 2).sum().item()  # noqa: E731
     start = left(torch.zeros(size))
 
@@ -184,7 +184,7 @@ def test_directions_double_and_are_no_more_than_elements():
     for step, count in ((0, 4), (GROWTH - 1, 4), (GROWTH, 8), (2 * GROWTH, 10), (100 * GROWTH, 10)):
         newton.step = step
         assert [z.shape for z in newton.directions()] == [(count, 10)] * 2
-        assert newton.counts() == [count] * 2 and newton.cost() == 2 * (count + 1)
+        assert newton.counts(step) == [count] * 2 and newton.cost(step) == 2 * (count + 1)
 
 
 # The journal is the run

@@ -6,7 +6,10 @@ import math
 import os
 import subprocess
 import sys
+import threading
+import time
 
+import psutil
 import pytest
 
 from zo_engine.journal import Step, short
@@ -124,3 +127,30 @@ def test_new_names_are_free_and_tame(tmp_path):
     assert first == tmp_path / "my-tarot"
     first.mkdir()
     assert new_name(tmp_path, "my tarot") == tmp_path / "my-tarot-2"
+
+
+def test_what_is_asked_of_a_run_is_heard_once(tmp_path):
+    run = Run.create(tmp_path / "run", Recipe())
+    assert run.asked() == set()
+    run.ask("preview")
+    run.ask("preview")
+    run.ask("save")
+    assert run.asked() == {"preview", "save"} and run.asked() == set()
+    with pytest.raises(AssertionError):
+        run.ask("../journal")
+
+
+def test_the_heart_beats_while_the_process_answers(tmp_path):
+    run, threads = Run.create(tmp_path / "run", Recipe()), threading.active_count()
+    with run.heartbeat():
+        os.utime(run.heartbeat_file, (0, 0))
+        while run.heartbeat_file.stat().st_mtime == 0:
+            time.sleep(0.01)
+    os.utime(run.heartbeat_file, (0, 0))
+    assert run.heartbeat_file.stat().st_mtime == 0 and threading.active_count() == threads
+
+
+def test_a_status_says_which_process_wrote_it(tmp_path):
+    run = Run.create(tmp_path / "run", Recipe())
+    run.write_status("running", step=1)
+    assert run.status()["pid"] == os.getpid() and run.status()["started"] == psutil.Process().create_time()

@@ -359,3 +359,24 @@ def test_evaluation_error_is_the_standard_error(studio, tmp_path):
     assert last["error"] == pytest.approx(items.std(ddof=1) / len(items) ** 0.5)
     assert last["change"] == pytest.approx((items - np.array(first["items"])).mean())
     assert json.loads(run.evaluations_file.read_text().splitlines()[0])["step"] == 0
+
+
+def test_previews_and_saving_on_request_leave_the_run_as_it_was(studio, tmp_path):
+    """What is asked for comes after the step, and the steps are the same as without."""
+    plain = go(studio, tmp_path / "plain")
+    run = Run.create(tmp_path / "asked", studio.recipe)
+    run.write_base(model=studio.recipe.model, code_hash=studio.code_hash)
+    saved = []
+
+    def report(facts: dict) -> None:
+        saved.append(run.style_file.exists())
+        if facts["step"] == 4:
+            run.ask("preview")
+            run.ask("save")
+
+    assert training.train(run, studio, report, threading.Event()) == "done"
+    assert saved == [False] * 4 + [True] * 5 and run.preview_file(4).exists()
+    assert [e["step"] for e in run.evaluations()] == [0, 3, 4, 6, 9]
+    assert [r.to_json() for r in run.journal()] == [r.to_json() for r in plain.journal()]
+    assert "one step works, and took" in (run.path / "log.txt").read_text()
+    assert run.status()["one_step"] > 0

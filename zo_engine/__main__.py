@@ -102,7 +102,7 @@ def start(run: Run, recipe: recipes.Recipe | None, runs_dir: Path, as_json: bool
         run = Run.create(run.path, recipe)
     for note in studio.notes:
         say(f"note: {note}")
-    with run.lock(), training.stop_signals() as stop, progress(studio.recipe.steps, as_json) as report:
+    with run.lock(), run.heartbeat(), training.stop_signals() as stop, progress(studio.recipe.steps, as_json) as report:
         base = {"model": studio.recipe.model, "code_hash": studio.code_hash}
         if recipe:
             run.write_base(**base)
@@ -309,6 +309,17 @@ def inspect(source: Path, as_json: bool) -> None:
     else:
         for key, value in facts.items():
             click.echo(f"{key:18} {value}")
+
+
+@cli.command()
+@click.argument("model")
+@json_option
+def download(model: str, as_json: bool) -> None:
+    """Fetch MODEL (a known name or a hub repository), or go on with that; what is here already is only checked."""
+    from zo_engine.hub import locate
+
+    say = lambda size: click.echo(json.dumps({"bytes": size}) if as_json else f"fetching {size / 1e9:.1f} GB")  # noqa: E731
+    click.echo(locate(model, begin=say))
 
 
 @cli.command()

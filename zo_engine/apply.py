@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from zo_engine import cache, models, pictures
+from zo_engine import cache, card, models, pictures
 from zo_engine.probes import Space
 from zo_engine.run import Run
 from zo_engine.scales import find_scales, prove_live
@@ -25,6 +25,7 @@ class Styled:
     space: Space
     theta: torch.Tensor
     cache: cache.Cache
+    source: Path
 
     def sample(
         self, prompts: list[str], strength: float, size: tuple[int, int], seed: int, steps: int, guidance: float
@@ -47,9 +48,21 @@ class Styled:
             )
 
     def export(self, out: Path, strength: float = 1.0) -> Path:
-        """A complete diffusers folder with the style in its scales; plain diffusers loads it."""
+        """A complete diffusers folder with the style in its scales and a model card; plain diffusers loads it."""
         with self.space.folded(self.theta * checked_strength(strength)):
-            return models.export(self.folder, self.transformer, out)
+            models.export(self.folder, self.transformer, out)
+        card.write(out, card.read(style_file(self.source)), strength, samples(self.source, self.style))
+        return out
+
+
+def samples(source: Path, style: Style) -> list[Path]:
+    """The preview pictures of a run nearest to the step that its style is of; none for a style file alone."""
+    if not source.is_dir():
+        return []
+    step = int(style.facts.get("step", 0))
+    folders = [f for f in Run(source).previews.glob("*/") if f.name.isdigit()]
+    nearest = min(folders, key=lambda f: abs(int(f.name) - step), default=None)
+    return sorted(nearest.glob("*.png")) if nearest else []
 
 
 def style_file(source: Path) -> Path:
@@ -76,7 +89,7 @@ def open_style(source: Path, cache_folder: Path, model: str = "", device: str = 
     space = make_space(views, recipe)
     theta = theta_of(style, space, models.code_hash(transformer), where)
     prove_live(views)
-    return Styled(style, folder, transformer, space, theta, cache.Cache(cache_folder))
+    return Styled(style, folder, transformer, space, theta, cache.Cache(cache_folder), Path(source))
 
 
 def compare(styled: Styled, prompts: list[str], strength: float, **how) -> Image.Image:

@@ -150,6 +150,22 @@ def can_run(facts: dict[str, Any]) -> list[dict[str, Any]]:
     return [_can_run(name, facts) for name in facts["hub"]["models"]]
 
 
+def need(model: str, on_gpu: bool) -> float:
+    """Bytes of memory that training takes at most, an estimate: of a model of the hub, or of one that lies here.
+
+    Text encoders are held in two bytes a weight on a GPU and in four on a processor, transformers in NF4.
+    """
+    from zo_engine.hub import find
+
+    if model in TRANSFORMERS:
+        return max(TRANSFORMERS[model], TEXT_WEIGHTS * (2 if on_gpu else 4)) + ROOM
+    folder = find(model)
+    if folder is None:
+        return ROOM
+    size = lambda part: sum(f.stat().st_size for f in folder.glob(f"{part}/*.safetensors"))  # noqa: E731
+    return max(size("transformer"), size("text_encoder*") * (1 if on_gpu else 2)) + ROOM  # files: two bytes a weight
+
+
 def _can_run(name: str, facts: dict[str, Any]) -> dict[str, Any]:
     def answer(device: str | None, why: str) -> dict[str, Any]:
         return {"model": name, "device": device, "why": why}
@@ -166,14 +182,14 @@ def _can_run(name: str, facts: dict[str, Any]) -> dict[str, Any]:
     card = max((d for d in devices.values() if "memory" in d), key=lambda d: d["memory"]["total"], default=None)
     short = ""
     if card:
-        need, there = max(TRANSFORMERS[name], TEXT_WEIGHTS * 2) + ROOM, card["memory"]["total"]
-        if there >= need:
-            return answer(card["name"], f"{fetch}about {_gb(need)} of GPU memory at most, {_gb(there)} there")
-        short = f"the GPU has {_gb(there)}, about {_gb(need)} are needed; "
-    need, there = max(TRANSFORMERS[name], TEXT_WEIGHTS * 4) + ROOM, facts["ram"]["total"]
-    if there >= need:
-        return answer("cpu", f"{fetch}{short}very slowly, with about {_gb(need)} of memory at most")
-    return answer(None, f"{short}the processor needs about {_gb(need)} of memory, {_gb(there)} there")
+        wanted, there = need(name, on_gpu=True), card["memory"]["total"]
+        if there >= wanted:
+            return answer(card["name"], f"{fetch}about {_gb(wanted)} of GPU memory at most, {_gb(there)} there")
+        short = f"the GPU has {_gb(there)}, about {_gb(wanted)} are needed; "
+    wanted, there = need(name, on_gpu=False), facts["ram"]["total"]
+    if there >= wanted:
+        return answer("cpu", f"{fetch}{short}very slowly, with about {_gb(wanted)} of memory at most")
+    return answer(None, f"{short}the processor needs about {_gb(wanted)} of memory, {_gb(there)} there")
 
 
 def _gb(size: float) -> str:

@@ -8,6 +8,8 @@ import difflib
 import json
 import re
 import shutil
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
@@ -83,17 +85,36 @@ _KNOWN = (
     ),
 )
 MODELS = {model.name: model for model in _KNOWN}
+SD3_MULTIPLE = 16  # of every SD3: the autoencoder halves three times, its patches once more
 
 
-def locate(model: str, download: bool = True) -> Path:
+def repository(model: str) -> str:
+    """The hub repository of a model by name; of a folder or a repository, what was given."""
+    return MODELS[model].repo if model in MODELS else model
+
+
+def find(model: str) -> Path | None:
+    """Where a model lies on this machine, not checked; None where it would have to be fetched."""
+    repo = repository(model)
+    folder = CHECKOUT / repo if model in MODELS else Path(repo).expanduser()
+    if folder.exists():
+        return folder
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo):
+        return None
+    cached = try_to_load_from_cache(repo, "model_index.json")
+    return Path(cached).parent if isinstance(cached, str) else None
+
+
+def locate(model: str, download: bool = True, begin: Callable[[int], None] = lambda size: None) -> Path:
     """The folder of a known model, a local folder, or a hub repository `org/name` (downloaded if need be).
 
-    The folder that is returned has passed `check`. Raises ModelError, saying what to do, if there is no such
+    Before anything is fetched, access is proved and `begin` gets the size of what is wanted, in bytes. The
+    folder that is returned has passed `check`. Raises ModelError, saying what to do, if there is no such
     model, its licence has not been accepted, there is no network, the disk is too small, or files are missing
     or damaged.
     """
     known = MODELS.get(model)
-    repo = known.repo if known else model
+    repo = repository(model)
     folder = CHECKOUT / repo if known else Path(model).expanduser()
     if folder.exists():
         check(folder)
@@ -104,16 +125,16 @@ def locate(model: str, download: bool = True) -> Path:
         close = difflib.get_close_matches(model, MODELS, n=1)
         hint = f"did you mean {close[0]!r}?" if close else f"known are {', '.join(MODELS)}"
         raise ModelError(f"no model {model!r}: neither a known name nor a folder; {hint}")
-    return _from_hub(repo, download)
+    return _from_hub(repo, download, begin)
 
 
-def _from_hub(repo: str, download: bool) -> Path:
-    cached = try_to_load_from_cache(repo, "model_index.json")
+def _from_hub(repo: str, download: bool, begin: Callable[[int], None]) -> Path:
+    cached = find(repo)
     problem = f"{repo} is not on this machine"
-    if isinstance(cached, str):
+    if cached:
         try:
-            check(Path(cached).parent)
-            return Path(cached).parent
+            check(cached)
+            return cached
         except ModelError as error:  # an interrupted download, most likely: fetch what is missing
             problem = str(error)
     if not download:
@@ -122,13 +143,18 @@ def _from_hub(repo: str, download: bool) -> Path:
         auth_check(repo)
         files = {f.rfilename: f.size or 0 for f in model_info(repo, files_metadata=True).siblings}
         wanted = pipeline_files(list(files))
-        _check_space(repo, sum(files[name] for name in wanted))
+        size = sum(files[name] for name in wanted)
+        _check_space(repo, size - arrived(repo))
+        begin(size)
         folder = Path(snapshot_download(repo, allow_patterns=wanted))
     except GatedRepoError as error:
+        known = error.response is not None and error.response.status_code == 403  # a token, but no access yet
+        then = "then try again" if known else (
+            "then make a token (read) at https://huggingface.co/settings/tokens and give it to `hf auth login`"
+        )  # fmt: skip
         raise ModelError(
             f"{repo} asks you to accept its licence first: log in at https://huggingface.co/{repo} and "
-            "accept it, then make a token (read) at https://huggingface.co/settings/tokens and give it to "
-            "`hf auth login`"
+            f"accept it, {then}"
         ) from error
     except RepositoryNotFoundError as error:
         raise ModelError(
@@ -159,6 +185,20 @@ def pipeline_files(names: list[str]) -> list[str]:
         text = [name for name in inside if name.endswith((".json", ".txt", ".model")) and ".index." not in name]
         wanted += weights + text
     return sorted(wanted)
+
+
+def arrived(repo: str) -> int:
+    """Bytes of a repository that lie in the hub's cache, those of a download in progress among them."""
+    blobs, now, found = Path(constants.HF_HUB_CACHE) / f"models--{repo.replace('/', '--')}" / "blobs", time.time(), 0
+    for file in blobs.glob("*"):
+        try:
+            stat = file.stat()
+        except FileNotFoundError:  # renamed this moment: it arrived
+            continue
+        # an unfinished file that nobody writes to is what an interrupted download left
+        if file.suffix != ".incomplete" or now - stat.st_mtime < 60:
+            found += stat.st_size
+    return found
 
 
 def _check_space(repo: str, needed: int) -> None:
@@ -258,6 +298,22 @@ def open_shard(path: Path, framework: str):
             pointer = file.read(11) == b"version htt"
         what = "it is a Git LFS pointer: run `git lfs pull`" if pointer else "it is truncated: download it again"
         raise ModelError(f"{path} is not a complete safetensors file ({error}); {what}") from error
+
+
+def pixel_multiple(folder: Path) -> int:
+    """Pictures' sides must be multiples of this: pixels of a latent times latents of a patch."""
+    return vae_scale(folder) * read_json(Path(folder) / "transformer" / "config.json")["patch_size"]
+
+
+def vae_scale(folder: Path) -> int:
+    """Pixels of a latent."""
+    return 2 ** (len(read_json(Path(folder) / "vae" / "config.json")["block_out_channels"]) - 1)
+
+
+def text_length(folder: Path) -> int:
+    """T5 tokens of a prompt: what the tokenizer allows, at most the 256 of diffusers' SD3 pipeline."""
+    found = read_json(Path(folder) / "tokenizer_3" / "tokenizer_config.json").get("model_max_length", 256)
+    return min(256, int(found))
 
 
 def read_json(path: Path) -> dict:

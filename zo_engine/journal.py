@@ -23,6 +23,11 @@ class Record:
         return json.dumps({name: value for name, value in found.items() if value != []})
 
 
+def smoothing(steps: int) -> float:
+    """The memory of the exponential average of so many steps' losses: about the last tenth of them, 20 at most."""
+    return 1 - 1 / min(20, max(2, steps / 10))
+
+
 @dataclass(frozen=True)
 class Step(Record):
     """What `zo.ZO` needs to make a step again."""

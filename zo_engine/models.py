@@ -1,7 +1,7 @@
 """The parts of a Stable Diffusion 3 pipeline: loaded one by one, put together, and written out again.
 
 `hub` says where a model's files are, `quantize` brings its weights onto the device; this file knows which
-parts there are. `locate`, `MODELS`, `ModelError` and `code_hash` are theirs, given here as well.
+parts there are. `locate`, `MODELS`, `ModelError` and others are theirs, given here as well.
 """
 
 import os
@@ -21,7 +21,19 @@ from transformers import (
     T5TokenizerFast,
 )
 
-from zo_engine.hub import MODELS, PARTS, WEIGHTS, KnownModel, ModelError, locate, read_json, some
+from zo_engine.hub import (
+    MODELS,
+    PARTS,
+    WEIGHTS,
+    KnownModel,
+    ModelError,
+    locate,
+    pixel_multiple,
+    read_json,
+    some,
+    text_length,
+    vae_scale,
+)
 from zo_engine.quantize import code_hash, load_quantized, quantized_layers
 
 __all__ = [
@@ -35,7 +47,9 @@ __all__ = [
     "load_vae",
     "locate",
     "pipeline",
+    "pixel_multiple",
     "quantized_layers",
+    "text_length",
 ]
 
 Device = str | torch.device
@@ -186,14 +200,6 @@ def _prove_equal(folder: Path, transformer: diffusers.ModelMixin) -> None:
 # What a pipeline's configs say of it
 
 
-def text_length(folder: Path) -> int:
-    """T5 tokens of a prompt: what the tokenizer allows, at most the 256 of diffusers' SD3 pipeline."""
-    return min(
-        256,
-        int(read_json(Path(folder) / "tokenizer_3" / "tokenizer_config.json").get("model_max_length", 256)),
-    )
-
-
 def text_quantization(folder: Path, device: torch.device) -> str:
     """How to load T5 on a device: plain where all encoders fit into most of its free memory, else NF4.
 
@@ -204,16 +210,6 @@ def text_quantization(folder: Path, device: torch.device) -> str:
     parts = ("text_encoder", "text_encoder_2", "text_encoder_3")
     size = sum(f.stat().st_size for part in parts for f in (Path(folder) / part).glob("*.safetensors"))
     return "none" if size < 0.8 * torch.cuda.mem_get_info(device)[0] else "nf4"
-
-
-def pixel_multiple(folder: Path) -> int:
-    """Pictures' sides must be multiples of this: pixels of a latent times latents of a patch."""
-    return vae_scale(folder) * read_json(Path(folder) / "transformer" / "config.json")["patch_size"]
-
-
-def vae_scale(folder: Path) -> int:
-    """Pixels of a latent."""
-    return 2 ** (len(read_json(Path(folder) / "vae" / "config.json")["block_out_channels"]) - 1)
 
 
 def scheduler_shift(folder: Path) -> float:

@@ -24,11 +24,9 @@ from torch import Tensor
 from zo_engine.journal import Move, short
 from zo_engine.noise import Layout, directions
 from zo_engine.probes import Probes
+from zo_engine.recipe import grown
 
 DAMPINGS = (0.03, 0.1, 0.3, 1.0, 3.0, 10.0)  # lambda, in units of the mean diagonal of Z'J'JZ
-DIRECTIONS = 128  # of each part in one step, at first
-GROWTH = 12  # steps after which their number doubles: early on a new look at the loss is worth more than a wider one
-DOUBLINGS = 2
 FRESH = 2  # times the batch: examples that choose among them
 
 Errors = Callable[[int, Probes, bool], Tensor]
@@ -43,33 +41,32 @@ class GaussNewton:
         parts: Sequence[Layout],
         *,
         seed: int,
-        per_part: int = DIRECTIONS,
+        per_part: int,
         kind: str = "rademacher",
         eps: float = 1e-2,
         device: torch.device | str = "cpu",
     ):
         """layout: of the whole theta. parts: the tensors that one direction moves, which make it up; a probe of the
-        last part runs all that any part needs. per_part: directions of each part in a step, at first."""
+        last part runs all that any part needs. per_part: directions of each part at first (`recipe.grown`)."""
         self.layout, self.parts, self.seed, self.kind, self.eps = layout, list(parts), seed, kind, eps
         self.per_part = per_part
         self.theta = torch.zeros(layout.size, device=device)
         self.step = self.skipped = 0
 
-    def counts(self) -> list[int]:
-        """Directions of every part in the next step, at most one an element."""
-        grown = self.per_part << min(self.step // GROWTH, DOUBLINGS)
-        return [min(grown, part.size) for part in self.parts]
+    def counts(self, step: int) -> list[int]:
+        """Directions of every part in a step, at most one an element."""
+        return [min(grown(self.per_part, step), part.size) for part in self.parts]
 
     def directions(self) -> list[Tensor]:
         """The directions of the next step for every part, each [K, n of the part]."""
         return [
             directions(self.kind, part, self.seed, self.step, range(count), self.theta.device)
-            for part, count in zip(self.parts, self.counts(), strict=True)
+            for part, count in zip(self.parts, self.counts(self.step), strict=True)
         ]
 
-    def cost(self) -> int:
-        """Rows that one example has in the next step, before the tries."""
-        return sum(count + 1 for count in self.counts())
+    def cost(self, step: int) -> int:
+        """Rows that one example has in a step, before the tries."""
+        return sum(count + 1 for count in self.counts(step))
 
     def advance(self, errors: Errors, batch: int) -> Move:
         """One live step: probe, solve, try, move. Returns its record for the journal.
@@ -109,7 +106,7 @@ class GaussNewton:
 
     def _model(self, errors: Errors, batch: int) -> tuple[Tensor, Tensor, float]:
         """(Z'J'JZ [K, K], Z'J'e [K], loss) in fp64, means over the batch; one example at a time bounds the memory."""
-        z, total = self.directions(), sum(self.counts())
+        z, total = self.directions(), sum(self.counts(self.step))
         gram = torch.zeros(total, total, dtype=torch.float64, device=self.theta.device)
         slope, loss = gram[0].clone(), 0.0
         for example in range(batch):
@@ -151,7 +148,7 @@ class GaussNewton:
         if record.skipped:
             self.skip()
             return
-        if len(record.weights) != (count := sum(self.counts())):
+        if len(record.weights) != (count := sum(self.counts(self.step))):
             raise ValueError(f"step {record.step} has {len(record.weights)} weights, not {count}")
         (move,) = self._moves([record.weights])
         self.theta = self.theta + move

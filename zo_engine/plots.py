@@ -8,15 +8,15 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from zo_engine.journal import Move, Step
+from zo_engine.journal import Move, Step, smoothing
 from zo_engine.run import Run, write_atomic
 
 RAW, LINE, BAND, MARK = "#c7c9d9", "#5b4bd6", "#cfc9f5", "#c2571a"
 
 
-def smooth(values: np.ndarray, memory: float = 0.95) -> np.ndarray:
+def smooth(values: np.ndarray) -> np.ndarray:
     """Exponential average, corrected at its start; not-a-number is passed over."""
-    out, average, weight = np.empty(len(values)), 0.0, 0.0
+    out, average, weight, memory = np.empty(len(values)), 0.0, 0.0, smoothing(len(values))
     for i, value in enumerate(values):
         if math.isfinite(value):
             average, weight = memory * average + (1 - memory) * value, memory * weight + (1 - memory)

@@ -117,12 +117,20 @@ class Space:
                 view.format.put(view.module, scale)
 
 
-def _expect_rows(view: ScaleView, x: Tensor, rows: int) -> None:
-    if x.shape[0] != rows:
+def _by_rows(view: ScaleView, forward: Callable[[Tensor], Tensor], rows: int) -> Callable[[Tensor], Tensor]:
+    """The forward for inputs whose first axis is the stacked batch, or the batch times its tokens, as in OPT."""
+
+    def run(x: Tensor) -> Tensor:
+        if x.shape[0] == rows:
+            return forward(x)
+        if x.ndim == 2 and x.shape[0] % rows == 0:
+            return forward(x.unflatten(0, (rows, -1))).flatten(0, 1)
         raise ValueError(
             f"{view.name} received {x.shape[0]} rows where the stacked batch has {rows}: "
             "this layer does not keep the batch as its first axis"
         )
+
+    return run
 
 
 class GainSpace(Space):
@@ -165,8 +173,6 @@ class GainSpace(Space):
             rows, columns = f"{view.name}.rows", f"{view.name}.columns"
 
             def forward(x: Tensor) -> Tensor:
-                if probes is not None:
-                    _expect_rows(view, x, len(direction))
                 lead = [-1] + [1] * (x.ndim - 2)  # [R, 1, ..., k]: broadcast over tokens
                 if columns in parts:
                     wide = gain(columns).repeat_interleave(view.block, dim=-1)
@@ -176,7 +182,7 @@ class GainSpace(Space):
                     return (y * g).to(y.dtype)
                 return torch.addcmul(view.bias * (1 - g), y, g).to(y.dtype)  # the bias is not scaled
 
-            return forward
+            return _by_rows(view, forward, len(direction)) if probes else forward
 
         for view in self.views.values():
             yield view, dress(view, view.module.forward)
@@ -213,8 +219,6 @@ class GroupSpace(Space):
             name = f"{view.name}.groups"
 
             def forward(x: Tensor) -> Tensor:
-                if probes is not None:
-                    _expect_rows(view, x, len(probes.sign))
                 outputs = []
                 for start, stop, direction, step in runs if name in z else still:
                     moved = parts[name] + step * z[name][direction].to(theta.dtype) if step else parts[name]
@@ -222,7 +226,7 @@ class GroupSpace(Space):
                     outputs.append(plain(x[start:stop]))
                 return torch.cat(outputs)
 
-            return forward
+            return _by_rows(view, forward, len(probes.sign)) if probes else forward
 
         for view in self.views.values():
             yield view, dress(view, view.module.forward)

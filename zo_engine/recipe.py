@@ -14,6 +14,15 @@ from typing import Any
 
 import tomli_w
 
+DIRECTIONS = 128  # of every level in a Gauss-Newton step, at first
+GROWTH = 12  # steps after which they double: early on a new look at the loss is worth more than a wider one
+DOUBLINGS = 2
+
+
+def grown(directions: int, step: int) -> int:
+    """Directions of a level at a step, where there are so many at first."""
+    return directions << min(step // GROWTH, DOUBLINGS)
+
 
 class RecipeError(ValueError):
     """A setting that cannot be used; one sentence that says what was given and what is possible."""
@@ -34,7 +43,7 @@ class Recipe:
     quantization: str = setting("nf4", "how weights are stored", choices=("nf4", "fp4", "int8"))
     resolution: str = setting("", "512, or WIDTHxHEIGHT buckets such as 64x64,64x96; empty: from the model")
     # How long
-    steps: int = setting(60, "steps of the run", low=1)
+    steps: int = setting(32, "steps of the run", low=1)
     batch_size: int = setting(16, "pictures in one step", low=1)
     rows: int = setting(0, "rows of one forward pass, to bound memory; 0: as many as a processor's caches like", low=0)
     # The method
@@ -42,8 +51,8 @@ class Recipe:
                          choices=("gain", "group", "absolute"))  # fmt: skip
     depth: float = setting(0.34, "share of the blocks that is tuned, from the output; 1: every layer", low=0.02, high=1)
     columns: bool = setting(False, "gain space: one gain per group of inputs as well")
-    directions: int = setting(0, "gauss-newton: directions per level; else per picture in gain space, or per step; "
-                              "0: left to the method", low=0)  # fmt: skip
+    directions: int = setting(0, "gauss-newton: directions per level, at first; else per picture in gain space, "
+                              "or per step; 0: left to the method", low=0)  # fmt: skip
     noise: str = setting("rademacher", "kind of direction", choices=("rademacher", "gaussian"))
     eps: float = setting(0.01, "size of the perturbation; relative, but for the absolute form", low=1e-8, high=1.0)
     clip: float = setting(0.0, "clip of the directional derivative; 0: the running quantile", low=0.0)

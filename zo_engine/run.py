@@ -5,7 +5,9 @@ runs/<name>/
   run.json           the base it belongs to: model, hash of its codes, versions
   journal.jsonl      one line a step: the run itself
   evaluations.jsonl  held-out losses
-  status.json        state, step, last figures, process id: for whoever looks on
+  status.json        state, step, last figures, process id and its start: for whoever looks on
+  heartbeat          touched while the process can still answer
+  requests/          an empty file named after each thing that was asked of the run
   log.txt            what was said
   previews/          000100.png, one grid each, and 000100/ with its single pictures
   checkpoints/       last.safetensors, best.safetensors
@@ -24,6 +26,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+import psutil
 from filelock import FileLock, Timeout
 
 from zo_engine import journal
@@ -31,6 +34,8 @@ from zo_engine import recipe as recipes
 from zo_engine.journal import Record
 
 STATES = ("running", "stopped", "done", "failed")
+REQUESTS = ("preview", "save")  # what may be asked of a run while it trains
+BEAT = 0.5  # seconds between two heartbeats
 
 
 class RunError(ValueError):
@@ -65,6 +70,7 @@ class Run:
         self.best_file = self.path / "checkpoints" / "best.safetensors"
         self.plot_file = self.path / "plots" / "loss.png"
         self.previews = self.path / "previews"
+        self.heartbeat_file = self.path / "heartbeat"
 
     @classmethod
     def create(cls, path: Path, recipe: recipes.Recipe) -> "Run":
@@ -101,6 +107,37 @@ class Run:
         finally:
             lock.release()
 
+    @contextmanager
+    def heartbeat(self) -> Iterator[None]:
+        """Touches the heartbeat from a thread, so that a process which is stopped, frozen or stuck falls silent."""
+        ended = threading.Event()
+
+        def beat() -> None:
+            while not ended.wait(BEAT):
+                with suppress(OSError):  # a full disk: the training itself will say so
+                    self.heartbeat_file.touch()
+
+        self.heartbeat_file.touch()
+        thread = threading.Thread(target=beat, daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            ended.set()
+            thread.join()
+
+    def ask(self, request: str) -> None:
+        """Ask the process that trains for one of REQUESTS; it answers after the step that it is in."""
+        assert request in REQUESTS
+        write_atomic(self.path / "requests" / request, "")
+
+    def asked(self) -> set[str]:
+        """What was asked since the last call."""
+        found = {request for request in REQUESTS if (self.path / "requests" / request).exists()}
+        for request in found:
+            (self.path / "requests" / request).unlink(missing_ok=True)
+        return found
+
     # What the run belongs to, and how it stands
 
     def write_base(self, **facts: Any) -> None:
@@ -113,12 +150,13 @@ class Run:
         assert state in STATES
         now = datetime.now().astimezone().isoformat(timespec="seconds")
         facts = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in facts.items()}
-        write_atomic(self.path / "status.json", json.dumps({"state": state, "time": now, "pid": os.getpid(), **facts}))
+        who = {"pid": os.getpid(), "started": psutil.Process().create_time()}
+        write_atomic(self.path / "status.json", json.dumps({"state": state, "time": now, **who, **facts}))
 
     def write_failure(self, reason: str) -> None:
         """The run stands as failed, with the reason; a disk too full even for this keeps the old status."""
         with suppress(OSError):
-            last = {k: v for k, v in self.status().items() if k not in ("state", "time", "pid")}
+            last = {k: v for k, v in self.status().items() if k not in ("state", "time", "pid", "started")}
             self.write_status("failed", **last | {"reason": reason})
 
     def status(self) -> dict[str, Any]:

@@ -17,9 +17,9 @@ from torch import Tensor
 
 from zo_engine.blocks import levels
 from zo_engine.journal import Move, Record, Step, short
-from zo_engine.newton import DIRECTIONS, GaussNewton
+from zo_engine.newton import GaussNewton
 from zo_engine.probes import GainSpace, GroupSpace, Space
-from zo_engine.recipe import Recipe, RecipeError, make
+from zo_engine.recipe import DIRECTIONS, Recipe, RecipeError, make
 from zo_engine.run import write_atomic
 from zo_engine.scales import ScaleView
 from zo_engine.zo import ZO

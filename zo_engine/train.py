@@ -250,7 +250,7 @@ class Training:
             return evaluate(space, theta, probes, rows, self.rows, replays.get((level, fresh)))
 
         if isinstance(self.method, GaussNewton):
-            made, total = 0, recipe.batch_size * self.method.cost()
+            made, total = 0, recipe.batch_size * self.method.cost(step)
 
             def errors(level: int, probes: Probes, fresh: bool) -> Tensor:
                 nonlocal made
@@ -399,33 +399,50 @@ def train(run: Run, studio: Studio, report: Callable[[dict], None], stop: thread
     facts = {"step": method.step, "steps": recipe.steps, "part": 0.0, "loss": None, "held_out": None}
     told = time.monotonic()
 
+    def timing(part: float) -> dict[str, float]:
+        """Steps do not all cost alike, so time goes by what they cost."""
+        cost = lambda a, b: sum(method.cost(step) for step in range(a, b))  # noqa: E731
+        done = cost(first, method.step) + (part * method.cost(method.step) if part else 0)
+        spent = time.monotonic() - began
+        left = spent / done * (cost(first, recipe.steps) - done)
+        return {"seconds_per_step": spent / (method.step + part - first), "remaining": left}
+
     def tell(part: float) -> None:
         nonlocal told
         if stop.is_set():
             raise _Halted
         if time.monotonic() - told > TELL:
             told = time.monotonic()
-            pace = (told - began) / (method.step + part - first)
-            left = {"part": part, "seconds_per_step": pace, "remaining": pace * (recipe.steps - method.step - part)}
-            run.write_status("running", **facts | left | {"held_out": training.held_out})
-            report(facts | left | {"held_out": training.held_out})
+            now = facts | {"part": part, "held_out": training.held_out, **timing(part)}
+            run.write_status("running", **now)
+            report(now)
 
     run.write_status("running", **facts)
+    run.asked()  # what was asked of a process that is gone is forgotten
     while True:
-        at_end = method.step >= recipe.steps
-        if method.step % recipe.evaluate_every == 0 or at_end:
+        at_end, asked = method.step >= recipe.steps, run.asked()
+        if method.step % recipe.evaluate_every == 0 or at_end or "save" in asked:
             if not any(e["step"] == method.step for e in run.evaluations()):
                 training.evaluate()
             training.checkpoint()
+        if "save" in asked:
+            training.save_style()
+            run.log(f"saved at step {method.step}, as asked")
         due = method.step == 0 or at_end or (recipe.preview_every and method.step % recipe.preview_every == 0)
+        due = due or "preview" in asked
         if due and not run.preview_file(method.step).exists():
             training.preview()
         if at_end or stop.is_set():
             break
+        if method.step == first:
+            began = told = time.monotonic()  # the evaluation and the previews before it are no measure of a step
         try:
             record = training.step(tell)
         except _Halted:
             break
+        if method.step == first + 1:  # the proof that a step works here, before hours are spent
+            one_step = time.monotonic() - began
+            run.log(f"one step works, and took {one_step:.2f} s")
         run.append_step(record)
         bad = bad + 1 if record.skipped else 0
         if record.skipped:
@@ -434,15 +451,14 @@ def train(run: Run, studio: Studio, report: Callable[[dict], None], stop: thread
             raise TrainingError(
                 f'{PATIENCE} steps in a row had a loss that was not finite; try dtype = "float32" or a smaller eps'
             )
-        pace = (time.monotonic() - began) / (method.step - first)
         facts = {
             "step": method.step,
             "steps": recipe.steps,
             "part": 0.0,
             "loss": record.loss,
             "held_out": training.held_out,
-            "seconds_per_step": pace,
-            "remaining": pace * (recipe.steps - method.step),
+            "one_step": one_step,
+            **timing(0.0),
             "skipped": method.skipped,
             "memory": memory(studio.transformer.device),
         }

@@ -148,6 +148,10 @@ class ZO:
         self.search = StepSize(search_every)
         self.recent: deque[float] = deque(maxlen=64 * per_step)
 
+    def cost(self, step: int) -> int:
+        """Directions of a step: all steps cost alike."""
+        return self.per_step
+
     def directions(self) -> Tensor:
         """The directions of the next step [per_step, n]."""
         first = self.step * self.per_step

@@ -1,0 +1,301 @@
+"""The page in a browser: a real server, the real worker, the embedded model; at the width of a desk and of a phone."""
+
+import io
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import zipfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import pytest
+from PIL import Image
+
+pytest.importorskip("gradio", reason="the page's own extra is not installed")
+api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: pip install -e '.[app,dev]'")
+
+from app.place import Place  # noqa: E402
+from zo_engine.run import new_name  # noqa: E402
+
+CHECKOUT = Path(__file__).resolve().parent.parent
+NAMES = ("chromium", "chromium-browser", "google-chrome", "chrome")
+CHROMIUM = os.environ.get("CHROMIUM") or next((path for name in NAMES if (path := shutil.which(name))), None)
+if CHROMIUM is None:
+    pytest.skip("no browser: install chromium, or set CHROMIUM to the path of one", allow_module_level=True)
+
+PATIENCE = 60_000  # milliseconds that anything may take: a worker loads torch, and the machine may be busy
+SMALL = {"batch_size": 4, "evaluate_items": 8, "preview_steps": 2, "prior": 0.0, "prompts": ["a [trigger] sun"]}
+WIDTHS = [1280, 390]
+expect = api.expect
+
+
+@dataclass
+class Server:
+    """The page as a process of its own, which can be killed and started again."""
+
+    place: Place
+    port: int
+    process: subprocess.Popen | None = None
+
+    @property
+    def address(self) -> str:
+        return f"http://127.0.0.1:{self.port}/"
+
+    def start(self) -> None:
+        words = ["--runs-dir", str(self.place.runs), "ui", "--port", str(self.port)]
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "GRADIO_TEMP_DIR": str(self.place.runs.parent / "gradio")}
+        self.process = subprocess.Popen([sys.executable, "-m", "zo_engine", *words], cwd=CHECKOUT, env=environment,
+                                        stdout=subprocess.PIPE, text=True)  # fmt: skip
+        assert "QZO Studio is at" in self.process.stdout.readline()
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.wait()
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory) -> Iterator[Server]:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    server = Server(Place(tmp_path_factory.mktemp("page") / "runs"), port)
+    server.start()
+    yield server
+    server.kill()
+    for name in server.place.jobs.names():
+        if process := server.place.jobs.job(name).process():
+            process.kill()
+
+
+@pytest.fixture(scope="module")
+def browser():
+    with api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"])
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def visit(server, browser):
+    """visit(query, width) -> a page; at the end, none of them had an error or asked another server for anything."""
+    wrong, contexts = [], []
+
+    def open_page(query: str = "", width: int = 1280):
+        context = browser.new_context(viewport={"width": width, "height": 900})
+        contexts.append(context)
+        page = context.new_page()
+        page.set_default_timeout(PATIENCE)
+
+        def ask(route) -> None:
+            if route.request.url.startswith((server.address, "data:", "blob:")):
+                route.continue_()
+            else:
+                wrong.append(f"asked for {route.request.url}")
+                route.abort()
+
+        page.route("**/*", ask)
+        page.on("pageerror", lambda error: wrong.append(f"error: {error}"))
+        page.on("dialog", lambda dialog: (wrong.append(f"dialog: {dialog.message}"), dialog.dismiss()))
+        page.on("console", lambda message: wrong.append(message.text) if message.type == "error" else None)
+        page.goto(server.address + query)
+        expect(page.get_by_role("tab", name="Pictures", exact=True)).to_be_visible(timeout=PATIENCE)
+        page.wrong = wrong
+        return page
+
+    yield open_page
+    for context in contexts:
+        context.close()
+    # a page that is left or whose server is killed has its open requests cut off, and says so
+    cut = re.compile(
+        r"abort|Connection errored out|ERR_CONNECTION|ERR_INCOMPLETE|Failed to fetch|NetworkError|network error"
+    )
+    assert [text for text in wrong if not cut.search(text)] == []
+
+
+def press(page, name: str) -> None:
+    page.get_by_role("button", name=name, exact=True).click()
+
+
+def tab(page, name: str) -> None:
+    page.get_by_role("tab", name=name, exact=True).click()
+
+
+def step(page) -> int:
+    """The step that the card of the run shows."""
+    return int(page.locator("#card .count b").inner_text().replace(",", ""))
+
+
+def fits(page) -> bool:
+    """Nothing is wider than the window."""
+    return page.evaluate("document.documentElement.scrollWidth <= document.documentElement.clientWidth")
+
+
+def pill(page, word: str) -> None:
+    expect(page.locator("#card .qzo-pill")).to_have_text(word, timeout=PATIENCE)
+
+
+def begin(server: Server, **settings) -> str:
+    """A long run of the tarot cards, started as the page starts it."""
+    draft = server.place.drafts.example("tarot")
+    recipe = draft.change(**SMALL | {"steps": 100_000, "evaluate_every": 50, "preview_every": 0} | settings)
+    return server.place.jobs.start(recipe, "tarot")
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_from_pictures_to_a_style(server, visit, width):
+    """The whole journey: pictures, a caption with markup, settings, training, result, runs."""
+    markup = "a [trigger] <img src=x onerror=alert(1)> of {{the}} `sun`"
+    page = visit("?tab=pictures", width)
+    page.locator("[data-example=woodcut]").click()
+    expect(page.locator(".qzo-pictures figure")).to_have_count(20, timeout=PATIENCE)
+    server.place.drafts.open("woodcut").change(**SMALL)
+    first = page.locator(".qzo-pictures textarea").first
+    first.fill(markup)
+    first.blur()
+    expect(page.locator(".qzo-pictures small").first).to_contain_text("<img src=x", timeout=PATIENCE)
+    page.reload()
+    expect(page.locator(".qzo-pictures textarea").first).to_have_value(markup, timeout=PATIENCE)
+    assert fits(page)
+
+    press(page, "Next: train this style")
+    steps = page.get_by_label("Steps", exact=True)
+    expect(steps).to_have_value(re.compile(r"\d+"), timeout=PATIENCE)
+    expect(page.get_by_text("Time, memory and disk are estimates.")).to_be_visible(timeout=PATIENCE)
+    steps.fill("8")
+    steps.blur()
+    expect(page.get_by_text("8 steps of 4 pictures")).to_be_visible(timeout=PATIENCE)
+    name = new_name(server.place.runs, "woodcut").name
+    press(page, "Train")
+    expect(page.locator("#card section")).to_have_attribute("aria-label", f"Run {name}", timeout=PATIENCE)
+    expect(page.locator("#previews img").first).to_be_visible(timeout=PATIENCE)
+    pill(page, "done")
+    expect(page.get_by_text("Resume is off: it is complete.")).to_be_visible(timeout=PATIENCE)
+    expect(page.locator("#previews em", has_text="step 8").first).to_be_visible(timeout=PATIENCE)
+    assert step(page) == 8 and fits(page)
+    page.locator("#charts [data-left]").last.click(position={"x": 5, "y": 40})
+    expect(page.locator("#previews .pair").first).to_be_visible(timeout=PATIENCE)
+
+    press(page, "Compare")
+    expect(page.locator("#slider img").first).to_be_visible(timeout=PATIENCE)
+    expect(page.get_by_role("link", name=re.compile("Download")).first).to_be_visible(timeout=PATIENCE)
+    with page.expect_download() as download:
+        page.get_by_role("link", name=re.compile("Download")).first.click()
+    assert download.value.suggested_filename.endswith("style.safetensors")
+    page.get_by_label("Prompts, one a line").fill("a woodcut of a <b>fish</b>")
+    press(page, "Draw base and style")
+    expect(page.locator(".qzo-sheet img")).to_be_visible(timeout=PATIENCE)
+    assert fits(page)
+
+    tab(page, "Runs")
+    expect(page.locator(".qzo-past").first).to_be_visible(timeout=PATIENCE)
+    assert fits(page)
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_every_tab_can_be_read_by_everybody(server, visit, width):
+    """axe finds nothing serious: names, roles, contrast, order."""
+    axe = pytest.importorskip("axe_playwright_python.sync_playwright", reason="axe-playwright-python is not installed")
+    server.place.drafts.example("tarot")
+    page, found = visit("?tab=pictures", width), []
+    for theme in ("light", "dark"):
+        page.goto(f"{server.address}?tab=pictures&__theme={theme}")
+        expect(page.locator(".qzo-pictures figure").first).to_be_visible(timeout=PATIENCE)
+        for name in ("Pictures", "Model", "Train", "Result", "Runs"):
+            tab(page, name)
+            expect(page.get_by_role("tab", name=name, exact=True)).to_have_attribute("aria-selected", "true")
+            page.wait_for_timeout(400)  # colours fade in: half-way there, no contrast is what it will be
+            assert fits(page), name
+            for violation in axe.Axe().run(page).response["violations"]:
+                if violation["impact"] in ("serious", "critical"):
+                    nodes = [f"{n['target']} {n['html'][:120]}" for n in violation["nodes"][:3]]
+                    found.append(f"{name}, {theme}: {violation['id']}: {nodes}")
+    assert not found, "\n".join(found)
+
+
+def test_a_run_goes_on_whatever_happens_to_the_page(server, visit):
+    """Reload, a second tab, a killed server; then previews, saving, silence, stop, resume, a killed worker, discard."""
+    jobs, name = server.place.jobs, begin(server)
+    page = visit(f"?run={name}")
+    pill(page, "training")
+    expect(page.locator("#card .message")).to_contain_text("The first step works", timeout=PATIENCE)
+
+    page.reload()
+    pill(page, "training")
+    before = step(page)
+    other = visit("?tab=train", 390)
+    pill(other, "training")
+    expect(page.locator("#card .count b")).not_to_have_text(f"{before:,}", timeout=PATIENCE)
+    seen = step(other)
+    expect(other.locator("#card .count b")).not_to_have_text(f"{seen:,}", timeout=PATIENCE)
+
+    server.kill()
+    server.start()
+    before = len(jobs.run(name).journal())
+    page.goto(f"{server.address}?run={name}")
+    pill(page, "training")
+    assert step(page) >= before
+
+    press(page, "Preview now")
+    expect(page.locator("#at")).to_be_visible(timeout=PATIENCE)
+    press(page, "Save now")
+    expect(page.get_by_text("The style is saved after this step")).to_be_visible(timeout=PATIENCE)
+    process = jobs.job(name).process()
+    while not jobs.run(name).style_file.exists():
+        assert process.is_running()
+        page.wait_for_timeout(100)
+
+    process.send_signal(signal.SIGSTOP)
+    pill(page, "not answering")
+    process.send_signal(signal.SIGCONT)
+    pill(page, "training")
+
+    press(page, "Stop and save")
+    pill(page, "stopped")
+    stopped = step(page)
+    press(page, "Resume")
+    pill(page, "training")
+    psutil.Process(jobs.job(name).record()["pid"]).kill()
+    pill(page, "interrupted")
+    assert step(page) >= stopped
+    expect(page.get_by_role("button", name="Resume", exact=True)).to_be_enabled()
+
+    press(page, "Discard")
+    press(page, "Yes, discard it")
+    expect(page.get_by_text("Yes, discard it")).to_be_hidden(timeout=PATIENCE)
+    assert name not in jobs.names() and (server.place.runs / ".bin" / name).is_dir()
+
+
+def test_what_is_brought_is_taken_or_refused_in_a_sentence(visit, tmp_path):
+    """A damaged ZIP, then one of 150 pictures."""
+    page = visit("?tab=pictures", 390)
+    begin = page.get_by_role("button", name="Begin with pictures in one style")
+    upload = page.locator("input[type=file]").first
+    if not upload.count():
+        begin.click()
+    damaged = tmp_path / "cards.zip"
+    damaged.write_bytes(b"PK\x03\x04 no more than this")
+    upload.set_input_files(damaged)
+    expect(page.get_by_text("cards.zip is not a whole ZIP file")).to_be_visible(timeout=PATIENCE)
+    page.wrong[:] = [text for text in page.wrong if "cards.zip" not in text]
+
+    many = tmp_path / "many.zip"
+    with zipfile.ZipFile(many, "w") as archive:
+        for i in range(150):
+            buffer = io.BytesIO()
+            Image.new("RGB", (64, 64), (i, 255 - i, 40)).save(buffer, "PNG")
+            archive.writestr(f"{i:03d}.png", buffer.getvalue())
+            archive.writestr(f"{i:03d}.txt", f"colour {i}")
+    page.reload()
+    upload = page.locator("input[type=file]").first
+    expect(upload).to_be_attached(timeout=PATIENCE)
+    upload.set_input_files(many)
+    expect(page.get_by_text("150 of 150 captioned")).to_be_visible(timeout=PATIENCE)
+    expect(page.locator(".qzo-pictures figure")).to_have_count(150, timeout=PATIENCE)
+    expect(page.locator(".qzo-pictures textarea").nth(149)).to_have_value("colour 149")
+    assert fits(page)
