@@ -13,10 +13,30 @@ from diffusers import (
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
 )
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     CLIPTextConfig,
     CLIPTextModelWithProjection,
     CLIPTokenizer,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    GemmaConfig,
+    GemmaForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
+    PhiConfig,
+    PhiForCausalLM,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
     T5Config,
     T5EncoderModel,
     T5TokenizerFast,
@@ -181,3 +201,88 @@ def _t5(seed: int) -> T5EncoderModel:
         tie_word_embeddings=False,
     )
     return _built(seed, T5EncoderModel, config)
+
+
+# Language models
+
+END, START, PAD = "<|im_end|>", "<|im_start|>", "<|pad|>"
+CHATML = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>' + '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+TEMPLATES = {
+    "none": None,
+    "chatml": CHATML,
+    # the assistant's turns are marked
+    "marked": "{% for m in messages %}{{ '<|im_start|>' + m['role'] + ':' }}{% if m['role'] == 'assistant' %}"
+    "{% generation %}{{ m['content'] + '<|im_end|>' }}{% endgeneration %}{% else %}{{ m['content'] + '<|im_end|>' }}"
+    "{% endif %}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant:' }}{% endif %}",
+    # no generation prompt, no system message
+    "brackets": "{% for m in messages %}{% if m['role'] == 'system' %}{{ raise_exception('no system message here') }}"
+    "{% elif m['role'] == 'user' %}{{ '[ ' + m['content'] + ' ]' }}{% else %}{{ ' ' + m['content'] + '<|im_end|>' }}"
+    "{% endif %}{% endfor %}",
+    # writes earlier answers shorter than the last one
+    "forgetful": "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}{% if m['role'] == 'assistant' and not "
+    "loop.last %}{{ '...' }}{% else %}{{ m['content'] }}{% endif %}{{ '<|im_end|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}",
+    # says at its beginning how many turns there are: no prompt is a beginning of its conversation
+    "counting": "{{ messages | length }}" + CHATML,
+}  # fmt: skip
+
+
+def tokenizer(template: str = "chatml") -> PreTrainedTokenizerFast:
+    """Byte-level BPE without merges: a token is a byte."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: i for i, token in enumerate([PAD, START, END, *alphabet])}
+    bytes_of_text = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    bytes_of_text.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bytes_of_text.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=bytes_of_text,
+        pad_token=PAD,
+        eos_token=END,
+        extra_special_tokens=[START],
+        chat_template=TEMPLATES[template],
+        model_max_length=512,
+    )
+
+
+_LLAMA_LIKE = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 2, "num_key_value_heads": 1}
+LANGUAGE_MODELS = {
+    "opt": (OPTForCausalLM, OPTConfig, {"hidden_size": 64, "ffn_dim": 128, "word_embed_proj_dim": 64,
+                                        "num_attention_heads": 2}),
+    "llama": (LlamaForCausalLM, LlamaConfig, _LLAMA_LIKE),
+    "mistral": (MistralForCausalLM, MistralConfig, _LLAMA_LIKE | {"sliding_window": 128}),
+    "qwen2": (Qwen2ForCausalLM, Qwen2Config, _LLAMA_LIKE),
+    "qwen3": (Qwen3ForCausalLM, Qwen3Config, _LLAMA_LIKE | {"head_dim": 32}),
+    "gemma": (GemmaForCausalLM, GemmaConfig, _LLAMA_LIKE | {"head_dim": 32}),
+    "gemma3": (Gemma3ForCausalLM, Gemma3TextConfig, _LLAMA_LIKE | {"head_dim": 32}),
+    "phi": (PhiForCausalLM, PhiConfig, {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 2}),
+    "phi3": (Phi3ForCausalLM, Phi3Config, _LLAMA_LIKE),
+}  # fmt: skip
+
+
+def language_model(kind: str = "llama", seed: int = 0, *, tied: bool = False) -> torch.nn.Module:
+    """A random model of a real class: 64 wide, 4 blocks, 128 positions."""
+    cls, config, shape = LANGUAGE_MODELS[kind]
+    words = tokenizer()
+    settings = config(
+        vocab_size=len(words),
+        num_hidden_layers=4,
+        max_position_embeddings=128,
+        tie_word_embeddings=tied,
+        bos_token_id=None,
+        eos_token_id=words.eos_token_id,
+        pad_token_id=words.pad_token_id,
+        **shape,
+    )
+    model = _built(seed, cls, settings)
+    model.tie_weights()
+    return model
+
+
+def save_language_model(folder: Path, kind: str = "llama", *, tied: bool = False) -> Path:
+    """A model folder with its tokenizer, as save_pretrained writes it."""
+    language_model(kind, tied=tied).save_pretrained(folder)
+    tokenizer().save_pretrained(folder)
+    return folder

@@ -1,4 +1,4 @@
-"""The parts of a Stable Diffusion 3 pipeline: loaded one by one, put together, and written out again.
+"""The parts of a Stable Diffusion 3 pipeline: loaded one by one, put together, and written out again; language models.
 
 `hub` says where a model's files are, `quantize` brings its weights onto the device; this file knows which
 parts there are. `locate`, `MODELS`, `ModelError` and others are theirs, given here as well.
@@ -14,9 +14,12 @@ import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
 from torch import nn
 from transformers import (
+    AutoTokenizer,
     BitsAndBytesConfig,
     CLIPTextModelWithProjection,
     CLIPTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
     T5EncoderModel,
     T5TokenizerFast,
 )
@@ -42,7 +45,9 @@ __all__ = [
     "ModelError",
     "code_hash",
     "export",
+    "load_language_model",
     "load_text_encoders",
+    "load_tokenizer",
     "load_transformer",
     "load_vae",
     "locate",
@@ -66,6 +71,24 @@ def load_transformer(
 ) -> nn.Module:
     """The transformer of a pipeline folder, quantised layer by layer: see quantize.load_quantized."""
     return load_quantized(Path(folder) / "transformer", quantization=quantization, device=device, dtype=dtype)
+
+
+def load_language_model(
+    folder: Path, *, quantization: str = "nf4", device: Device = "cpu", dtype: torch.dtype = torch.float32
+) -> PreTrainedModel:
+    """The causal language model of a transformers folder, quantised layer by layer: see quantize.load_quantized.
+
+    Its `save_pretrained` writes a folder that stock transformers loads, scales as they stand included.
+    """
+    return load_quantized(Path(folder), quantization=quantization, device=device, dtype=dtype)
+
+
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of a language model's folder. Raises ModelError where there is none that transformers can read."""
+    folder = Path(folder)
+    if not any((folder / name).exists() for name in ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")):
+        raise ModelError(f"{folder} has no tokenizer (tokenizer.json or tokenizer.model); download the model again")
+    return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
 
 
 def encoders_for(folder: Path, device: torch.device, dtype: torch.dtype) -> tuple[str, Callable]:

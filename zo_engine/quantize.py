@@ -5,6 +5,9 @@ a time is read, quantised on the device and dropped: beside what stays, host mem
 what diffusers' loader does (`diffusers/quantizers/bitsandbytes`), without its refusal of machines that have
 no GPU, and the result is the same bit for bit.
 
+Language models of transformers are loaded the same way; what transformers leaves dense (the output layer, tied weights)
+stays dense here, so that its `from_pretrained` makes the same model of the same folder.
+
 Three things differ from a model that diffusers loads, each because the scales are what we train: scales that
 were quantised themselves ("double quantisation") are un-nested into plain fp32, bit for bit; weights are
 dequantised into the compute dtype, whatever dtype they were saved in; int8 layers treat no column of the
@@ -20,11 +23,14 @@ from typing import Self
 
 import diffusers
 import torch
+import transformers
 from accelerate import init_empty_weights
 from accelerate.utils import set_module_tensor_to_device
 from bitsandbytes.functional import QuantState, dequantize_blockwise, int8_vectorwise_quant, quantize_4bit
 from bitsandbytes.nn import Int8Params, Linear4bit, Linear8bitLt, Params4bit
 from torch import Tensor, nn
+from transformers.quantizers.base import get_keys_to_not_convert
+from transformers.quantizers.quantizers_utils import should_convert_module
 
 from zo_engine.hub import ModelError, check_index, find_weights, open_shard, read_json, some
 
@@ -79,24 +85,26 @@ def load_quantized(
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
 ) -> nn.Module:
-    """A diffusers model from `folder` (config.json and safetensors), every nn.Linear quantised on `device`.
+    """A diffusers model, or a causal language model of transformers, from `folder` (config.json and safetensors).
 
-    A folder that is already quantised keeps its codes; `quantization` must then name its format. The model
-    comes in eval mode, without gradients, all else in `dtype`; 4-bit scales are fp32, flat, contiguous, one
-    per 64 weights of the row-major weight; int8 scales are fp32, one per row, in `layer.state.SCB`.
+    Quantised on `device` is every nn.Linear of a diffusers model, and of a language model every one that
+    transformers would quantise. A folder that is already quantised keeps its codes; `quantization` must then
+    name its format. The model comes in eval mode, without gradients, all else in `dtype`; 4-bit scales are fp32,
+    flat, contiguous, one per 64 weights of the row-major weight; int8 scales are fp32, one per row, in
+    `layer.state.SCB`.
     Raises ModelError for whatever is wrong with the folder.
     """
     if quantization not in QUANTIZATIONS:
         raise ModelError(f"quantization {quantization!r} is unknown; possible are {', '.join(QUANTIZATIONS)}")
     device = torch.device(device)
     config = read_json(folder / "config.json")
-    cls = _model_class(folder, config)
+    _refuse_others(folder, config)
     with Checkpoint(folder) as checkpoint:
         with init_empty_weights():
-            model = cls.from_config(config)
+            model = _empty_model(folder, config, dtype)
         formats = _layer_formats(model, checkpoint, quantization)
         _check(model, formats, checkpoint)
-        dense = [name for name in model.state_dict() if name.removesuffix(".weight") not in formats]
+        dense = [name for name in _own_tensors(model) if name.removesuffix(".weight") not in formats]
         room = {name: _room(model.get_submodule(name), format, device) for name, format in formats.items()}
         for name, format in formats.items():
             load = _int8_layer if format == "int8" else _4bit_layer
@@ -110,24 +118,52 @@ def load_quantized(
     for module in model.modules():  # buffers that are computed, not saved
         for name, buffer in module.named_buffers(recurse=False):
             module._buffers[name] = buffer.to(device)
+    if isinstance(model, transformers.PreTrainedModel):
+        model.tie_weights()
     if formats:
-        model.register_to_config(quantization_config=_quantization_config(formats, dtype))
+        _note_quantization(model, _quantization_config(formats, dtype))
     return model.eval().requires_grad_(False)
 
 
-def _model_class(folder: Path, config: dict) -> type[diffusers.ModelMixin]:
+def _refuse_others(folder: Path, config: dict) -> None:
     if "peft_type" in config or (folder / "adapter_config.json").exists():
         raise ModelError(f"{folder} is a LoRA or another adapter; give the folder of the model that it was made for")
+    method = (config.get("quantization_config") or {}).get("quant_method", "bitsandbytes")
+    if method != "bitsandbytes":
+        raise ModelError(f"{folder} is quantised by {method!r}; only bitsandbytes (nf4, fp4, int8) can be loaded")
+
+
+def _empty_model(folder: Path, config: dict, dtype: torch.dtype) -> nn.Module:
+    """The model that config.json describes, without weights. Code that a folder brings along is never run."""
+    if "model_type" in config:
+        return _language_model(folder, dtype)
     name = config.get("_class_name")
     cls = getattr(diffusers, name, None) if isinstance(name, str) else None
     if not (isinstance(cls, type) and issubclass(cls, diffusers.ModelMixin)):
         raise ModelError(
             f"{folder / 'config.json'} names the class {name!r}, which diffusers {diffusers.__version__} does not have"
         )
-    method = (config.get("quantization_config") or {}).get("quant_method", "bitsandbytes")
-    if method != "bitsandbytes":
-        raise ModelError(f"{folder} is quantised by {method!r}; only bitsandbytes (nf4, fp4, int8) can be loaded")
-    return cls
+    return cls.from_config(config)
+
+
+def _language_model(folder: Path, dtype: torch.dtype) -> transformers.PreTrainedModel:
+    try:
+        config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
+    except (ValueError, KeyError) as error:  # what transformers raises for a class or a setting that it does not know
+        raise ModelError(
+            f"{folder / 'config.json'} is not that of a language model of transformers {transformers.__version__}: "
+            f"{str(error).splitlines()[0]}"
+        ) from error
+    if (folder / "generation_config.json").exists():
+        model.generation_config = transformers.GenerationConfig.from_pretrained(folder, local_files_only=True)
+    return model
+
+
+def _own_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """The state without the weights that are tied to others: those a checkpoint need not have."""
+    tied = getattr(model, "all_tied_weights_keys", {})
+    return {name: tensor for name, tensor in model.state_dict().items() if name not in tied}
 
 
 def _layer_formats(model: nn.Module, checkpoint: Checkpoint, quantization: str) -> dict[str, str]:
@@ -145,7 +181,8 @@ def _layer_formats(model: nn.Module, checkpoint: Checkpoint, quantization: str) 
         return saved
     if quantization == "none":
         return {}
-    return {name: quantization for name in linears if not _kept_in_fp32(model, name)}
+    kept = get_keys_to_not_convert(model) if isinstance(model, transformers.PreTrainedModel) else []
+    return {n: quantization for n in linears if should_convert_module(n, kept) and not _kept_in_fp32(model, n)}
 
 
 def _saved_format(checkpoint: Checkpoint, weight: str) -> str | None:
@@ -181,8 +218,8 @@ def _statistics(checkpoint: Checkpoint, weight: str, format: str) -> list[str]:
 
 def _check(model: nn.Module, formats: dict[str, str], checkpoint: Checkpoint) -> None:
     """Everything that headers can tell, before any weight is read."""
-    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    statistics = set()
+    expected = {name: tuple(tensor.shape) for name, tensor in _own_tensors(model).items()}
+    statistics, tied = set(), set(getattr(model, "all_tied_weights_keys", {}))
     for name, format in formats.items():
         weight = f"{name}.weight"
         beside = _statistics(checkpoint, weight, format)
@@ -196,7 +233,7 @@ def _check(model: nn.Module, formats: dict[str, str], checkpoint: Checkpoint) ->
     kind = type(model).__name__
     if missing := sorted((set(expected) | statistics) - names):
         raise ModelError(f"{checkpoint.folder} lacks {some(missing)}, which its {kind} needs; download it again")
-    if unexpected := sorted(names - set(expected) - statistics):
+    if unexpected := sorted(names - set(expected) - statistics - tied):
         raise ModelError(
             f"{checkpoint.folder} has {some(unexpected)}, which its {kind} does not know; config.json and "
             "weights do not belong together"
@@ -322,17 +359,25 @@ def unnest(state: QuantState) -> None:
     state.absmax = state.absmax.float().contiguous()
 
 
-def _quantization_config(formats: dict[str, str], dtype: torch.dtype) -> diffusers.BitsAndBytesConfig:
-    """What diffusers writes into config.json for this model, and needs to load it again."""
+def _quantization_config(formats: dict[str, str], dtype: torch.dtype) -> dict:
+    """The settings of the BitsAndBytesConfig, diffusers' or transformers', with which this model loads again."""
     format = next(iter(formats.values()))
     if format == "int8":
-        return diffusers.BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=0.0)
-    return diffusers.BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type=format,
-        bnb_4bit_compute_dtype=dtype,
-        bnb_4bit_use_double_quant=False,
-    )
+        return {"load_in_8bit": True, "llm_int8_threshold": 0.0}
+    return {
+        "load_in_4bit": True,
+        "bnb_4bit_quant_type": format,
+        "bnb_4bit_compute_dtype": dtype,
+        "bnb_4bit_use_double_quant": False,
+    }
+
+
+def _note_quantization(model: nn.Module, settings: dict) -> None:
+    """What the library that the model belongs to keeps of it, and writes into config.json."""
+    if isinstance(model, transformers.PreTrainedModel):
+        model.config.quantization_config = transformers.BitsAndBytesConfig(**settings)
+    else:
+        model.register_to_config(quantization_config=diffusers.BitsAndBytesConfig(**settings))
 
 
 def quantized_layers(model: nn.Module) -> dict[str, nn.Module]:

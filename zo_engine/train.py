@@ -341,8 +341,8 @@ class Training:
 
 
 def _pieces(batch, rows: int) -> Iterator:
-    for index in torch.arange(len(batch.sigma)).split(rows):
-        yield batch.take(index.to(batch.sigma.device))
+    for index in torch.arange(len(batch)).split(rows):
+        yield batch.take(index)
 
 
 def _write_checkpoint(path: Path, tensors: dict[str, Tensor], scalars: dict[str, float]) -> None:

@@ -25,6 +25,9 @@ class Batch:
     prompt: Tensor  # [B, T, D]
     pooled: Tensor  # [B, P]
 
+    def __len__(self) -> int:
+        return len(self.sigma)
+
     def take(self, index: Tensor) -> "Batch":
         return Batch(*(getattr(self, f.name)[index] for f in fields(self)))
 
@@ -147,7 +150,7 @@ class Diffusion:
         group = groups[rng.choice(len(groups), p=shares / shares.sum())]
         kept = self.kept.get(tuple(group[0].latents.shape), [])
         share = round(self.prior * size) if kept else 0
-        chosen = [some[i] for some, n in ((group, size - share), (kept, share)) for i in _turns(rng, len(some), n)]
+        chosen = [some[i] for some, n in ((group, size - share), (kept, share)) for i in turns(rng, len(some), n)]
         return self._batch(chosen, rng, (step * GOLDEN) % 1, self.caption_dropout)
 
     def evaluation(self, items: int) -> list[Batch]:
@@ -175,7 +178,7 @@ class Diffusion:
         return largest // patch**2 + len(self.empty[0])
 
 
-def _turns(rng: np.random.Generator, count: int, wanted: int) -> list[int]:
+def turns(rng: np.random.Generator, count: int, wanted: int) -> list[int]:
     """`wanted` indices into `count` things: everything once before anything comes again."""
     rounds = -(-wanted // count) if wanted else 0
     return [int(i) for _ in range(rounds) for i in rng.permutation(count)][:wanted]

@@ -1,0 +1,234 @@
+"""The language task on tiny models of real classes: loading, losses against transformers' own, choices, answers."""
+
+import bitsandbytes as bnb
+import numpy as np
+import pytest
+import tiny
+import torch
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+from zo_engine.blocks import Prefix, levels
+from zo_engine.hub import ModelError
+from zo_engine.models import load_language_model, load_tokenizer
+from zo_engine.noise import directions
+from zo_engine.probes import GainSpace, GroupSpace, central, evaluate
+from zo_engine.quantize import quantized_layers
+from zo_engine.scales import find_scales, prove_live
+from zo_engine.tasks.diffusion import HELD_OUT, TRAINING
+from zo_engine.tasks.text import Language, answers, choose, likelihoods, stack, token_losses
+from zo_engine.texts import Example, Message
+from zo_engine.tokens import IGNORED, Tokens, choices
+
+CLASSES = list(tiny.LANGUAGE_MODELS)
+
+
+def talk(*contents: str) -> tuple[Message, ...]:
+    return tuple(Message("user" if i % 2 == 0 else "assistant", text) for i, text in enumerate(contents))
+
+
+def some_tokens(count: int = 5, seed: int = 0) -> list[Tokens]:
+    """Of different lengths, each learning a part of its own."""
+    rng, made = np.random.default_rng(seed), []
+    for _ in range(count):
+        ids = tuple(rng.integers(3, 259, rng.integers(6, 24)).tolist())
+        start = int(rng.integers(0, len(ids) - 2))
+        made.append(Tokens(ids, (IGNORED,) * start + ids[start:]))
+    return made
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """folder(kind, tied) of a tiny model, written once. Not to be written to."""
+    root, made = tmp_path_factory.mktemp("language"), {}
+
+    def folder(kind: str, tied: bool = False):
+        if (kind, tied) not in made:
+            made[kind, tied] = tiny.save_language_model(root / f"{kind}{tied}", kind, tied=tied)
+        return made[kind, tied]
+
+    return folder
+
+
+# Loading
+
+
+TIED = [("opt", True), ("llama", True), ("qwen3", True), ("gemma", True), ("gemma3", True), ("phi", True)]
+
+
+@pytest.mark.parametrize(("kind", "tied"), [*((kind, False) for kind in CLASSES), *TIED])
+def test_a_language_model_in_nf4_is_what_transformers_makes_of_it(folders, monkeypatch, kind, tied):
+    monkeypatch.setattr(bnb.nn.modules, "has_avx512bf16", lambda: False)  # that kernel repacks the weights
+    folder = folders(kind, tied)
+    config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)
+    theirs = AutoModelForCausalLM.from_pretrained(folder, quantization_config=config, dtype=torch.float32).state_dict()
+    ours = load_language_model(folder)
+    assert ours.get_output_embeddings().weight.dtype == torch.float32
+    assert (ours.get_output_embeddings().weight is ours.get_input_embeddings().weight) == tied
+    state = ours.state_dict()
+    assert state.keys() == theirs.keys()
+    assert [name for name in state if not torch.equal(state[name], theirs[name])] == []
+
+
+@pytest.mark.parametrize("kind", CLASSES)
+def test_scales_are_live_and_the_blocks_are_found(folders, kind):
+    model = load_language_model(folders(kind))
+    views = find_scales(model)
+    prove_live(views)
+    assert list(views) == [name for name, _ in model.named_modules() if name in quantized_layers(model)]
+    last, before = levels(views, 0.5)
+    name = "model.decoder.layers" if kind == "opt" else "model.layers"
+    assert [(level.blocks, level.first) for level in (last, before)] == [(name, 3), (name, 2)]
+    assert set(last.layers) | set(before.layers) == {n for n in views if n.startswith((f"{name}.2.", f"{name}.3."))}
+
+
+@pytest.mark.parametrize("kind", ["llama", "opt", "gemma"])
+@pytest.mark.parametrize("format", ["nf4", "int8"])
+def test_a_tuned_model_that_was_saved_loads_in_stock_transformers(folders, monkeypatch, tmp_path, kind, format):
+    monkeypatch.setattr(bnb.nn.modules, "has_avx512bf16", lambda: False)
+    model = load_language_model(folders(kind, kind == "gemma"), quantization=format)
+    for view in find_scales(model).values():
+        view.put(view.base * torch.linspace(0.9, 1.1, view.base.numel()).view(view.base.shape))
+    batch = stack(some_tokens())
+    expected = model(input_ids=batch.tokens, attention_mask=batch.mask).logits
+    model.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    assert torch.equal(again(input_ids=batch.tokens, attention_mask=batch.mask).logits, expected)
+    ours = load_language_model(tmp_path, quantization=format)
+    assert torch.equal(ours(input_ids=batch.tokens, attention_mask=batch.mask).logits, expected)
+
+
+@pytest.mark.parametrize(
+    ("config", "says"),
+    [
+        ('{"model_type": "clip"}', "is not that of a language model"),
+        ('{"model_type": "no-such-thing"}', "is not that of a language model"),
+        ('{"model_type": "llama", "quantization_config": {"quant_method": "hqq"}}', "is quantised by 'hqq'"),
+    ],
+)
+def test_folders_that_hold_no_such_model_are_refused_in_one_sentence(folders, tmp_path, config, says):
+    (tmp_path / "config.json").write_text(config)
+    (tmp_path / "model.safetensors").symlink_to(folders("llama") / "model.safetensors")
+    with pytest.raises(ModelError, match=says) as error:
+        load_language_model(tmp_path)
+    assert "\n" not in str(error.value)
+
+
+def test_a_folder_without_tokenizer_is_refused(tmp_path):
+    tiny.language_model().save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match="no tokenizer"):
+        load_tokenizer(tmp_path)
+
+
+# Losses
+
+
+@pytest.mark.parametrize("kind", CLASSES)
+def test_the_loss_of_each_row_is_transformers_own_on_that_example_alone(kind):
+    model, examples = tiny.language_model(kind), some_tokens()
+    expected = [model(input_ids=b.tokens, labels=b.labels).loss for b in (stack([e]) for e in examples)]
+    torch.testing.assert_close(token_losses(model, stack(examples)), torch.stack(expected), rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("kind", ["llama", "opt", "gemma3"])
+def test_padding_and_what_stands_in_it_change_no_loss(kind):
+    model, examples = tiny.language_model(kind).double(), some_tokens(3)
+    plain = token_losses(model, stack(examples))
+    longer = Tokens((5,) * 60, (IGNORED, 5) * 30)
+    for pad in (0, 77):
+        assert torch.allclose(token_losses(model, stack([*examples, longer], pad))[:3], plain, rtol=0, atol=1e-12)
+
+
+def test_a_batch_is_a_pure_function_of_seed_step_and_stream():
+    train = some_tokens(12)
+    first, same, other = (Language(None, train, train, seed=seed) for seed in (7, 7, 8))
+    for step in (0, 3):
+        assert torch.equal(first.batch(step, 5).tokens, same.batch(step, 5).tokens)
+    seen = [tuple(map(tuple, task.batch(step, 5, stream).tokens.tolist())) for task, step, stream in
+            ((first, 0, TRAINING), (first, 1, TRAINING), (first, 0, HELD_OUT), (other, 0, TRAINING))]  # fmt: skip
+    assert len(set(seen)) == 4
+    rows = [tuple(t[m == 1].tolist()) for b in [first.batch(2, 24)] for t, m in zip(b.tokens, b.mask, strict=True)]
+    assert {row: rows.count(row) for row in rows} == {example.ids: 2 for example in train}  # all before any again
+
+
+def test_the_evaluation_set_is_fixed_and_holds_every_example_once():
+    held = some_tokens(70)
+    task = Language(None, held, held, seed=0)
+    for items, expected in ((1000, 70), (10, 10)):
+        batches = task.evaluation(items)
+        rows = [tuple(t[m == 1].tolist()) for b in batches for t, m in zip(b.tokens, b.mask, strict=True)]
+        assert sorted(rows) == sorted(example.ids for example in held[:expected])
+    sub = batches[0].take(torch.tensor([3, 1]))
+    assert len(sub) == 2
+    assert torch.equal(sub.labels, batches[0].labels[[3, 1]])
+
+
+# Probes
+
+
+@pytest.mark.parametrize("kind", CLASSES)
+@pytest.mark.parametrize("space", [GainSpace, GroupSpace])
+def test_stacked_probes_behind_a_prefix_equal_probes_one_by_one(folders, kind, space):
+    model = load_language_model(folders(kind))
+    views = find_scales(model)
+    level = levels(views, 0.5)[-1]
+    space = space({name: views[name] for name in level.layers})
+    batch, theta = stack(some_tokens(3)), torch.zeros(space.layout.size)
+    probes = central(directions("rademacher", space.layout, 1, 0, range(3)), 0.05, 3, own=True)
+    loss = lambda i: token_losses(model, batch.take(i))  # noqa: E731
+    found = evaluate(space, theta, probes, loss, replay=Prefix(model, level).run(loss, 3))
+    for row in range(6):
+        with space.folded(theta + 0.05 * probes.sign[row] * probes.z[probes.direction[row]]):
+            alone = token_losses(model, batch.take(probes.sample[row : row + 1]))
+        torch.testing.assert_close(found[row : row + 1], alone, rtol=2e-4, atol=1e-5)
+    assert found[:3].ne(found[3:]).all()
+
+
+# Choices and answers
+
+
+def test_the_likelihood_of_a_choice_is_the_mean_log_probability_of_its_tokens():
+    model, words = tiny.language_model(), tiny.tokenizer()
+    example = Example(1, talk("Is it good?", "yes"), choices=("yes", "certainly not"))
+    options = choices(words, example, 200)
+    scores = likelihoods(model, options, rows=1)
+    for option, score, text in zip(options, scores, example.choices, strict=True):
+        logs = model(torch.tensor([option.ids])).logits[0].log_softmax(-1)
+        answer = [i for i, label in enumerate(option.labels) if label != IGNORED]
+        assert words.decode([option.ids[i] for i in answer]) == text + tiny.END
+        torch.testing.assert_close(score, sum(logs[i - 1, option.ids[i]] for i in answer) / len(answer))
+    assert choose(model, [options, options[::-1]]) == [int(scores.argmax()), 1 - int(scores.argmax())]
+
+
+def test_greedy_answers_do_not_depend_on_their_neighbours_and_are_generates_own():
+    model, words = tiny.language_model(), tiny.tokenizer()
+    prompts = [talk("Hi"), talk("What is the colour of the sea?"), talk("Sing.", "La.", "More!")]
+    together = answers(model, words, prompts, most=12)
+    assert together == [answers(model, words, [prompt], most=12)[0] for prompt in prompts]
+    turns = [{"role": m.role, "content": m.content} for m in prompts[1]]
+    ids = words.apply_chat_template(turns, add_generation_prompt=True, return_tensors="pt")["input_ids"]
+    found = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False)
+    assert words.decode(found[0, ids.shape[1] :], skip_special_tokens=True) == together[1]
+
+
+def test_sampled_answers_depend_on_their_seed_alone_and_leave_the_global_generator_be():
+    model, words = tiny.language_model(), tiny.tokenizer()
+    state = torch.get_rng_state()
+    prompts, seeds = [talk("Hi"), talk("Hi"), talk("Hi")], [1, 2, 1]
+    found = answers(model, words, prompts, seeds=seeds, most=12)
+    assert found[0] == found[2] != found[1]
+    assert found[1:2] == answers(model, words, prompts[:1], seeds=[2], most=12)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_samples_are_distributed_as_the_models_softmax():
+    model, words = tiny.language_model(), tiny.tokenizer("none")
+    count, temperature = 2000, 0.7
+    found = answers(
+        model, words, [talk("abc ")] * count, seeds=range(count), most=1, temperature=temperature, together=500
+    )
+    ids = torch.tensor([words("abc \n"[:4])["input_ids"]])
+    expected = (model(ids).logits[0, -1] / temperature).softmax(-1)
+    likeliest = int(expected.argmax())
+    share = sum(text == words.decode([likeliest], skip_special_tokens=True) for text in found) / count
+    p = float(expected[likeliest])
+    assert abs(share - p) < 4 * (p * (1 - p) / count) ** 0.5

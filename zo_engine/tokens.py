@@ -1,0 +1,256 @@
+"""Examples as a language model reads them: token ids, and labels that say what is learnt.
+
+A conversation goes through the tokenizer's own chat template; without one, its turns are plain text, prompt then
+completion. Learnt are the assistant's turns, each up to and including the token that ends it; all else has the label
+IGNORED, as everywhere in transformers. Where a template marks the assistant's turns itself ({% generation %}), that is
+believed; else a turn is what rendering adds to the conversation before it, which is checked token by token.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from jinja2.exceptions import TemplateError
+from transformers import PreTrainedTokenizerBase
+
+from zo_engine.dataset import DataError
+from zo_engine.hub import some
+from zo_engine.texts import Example, Message, Problem
+
+IGNORED = -100  # what cross_entropy of torch passes over
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """One example: `ids` [T], and `labels` [T], which are the ids themselves or IGNORED. `cut`: tokens left off."""
+
+    ids: tuple[int, ...]
+    labels: tuple[int, ...]
+    line: int = 0
+    cut: int = 0
+
+    @property
+    def learnt(self) -> int:
+        """Tokens that count in the loss. The first token of all has no prediction."""
+        return sum(label != IGNORED for label in self.labels[1:])
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """A set of examples, what could not be rendered, and what should be said about the rest."""
+
+    examples: list[Tokens]
+    problems: list[Problem]
+    notes: list[str] = field(default_factory=list)
+
+
+def render(
+    tokenizer: PreTrainedTokenizerBase,
+    examples: Sequence[Example],
+    length: int,
+    completions_only: bool = True,
+    skip: bool = False,
+) -> Rendered:
+    """Every example as tokens, at most `length` of them: the end is cut off, which `notes` count.
+
+    Raises DataError, naming lines, where an example cannot be rendered or nothing of its answer is left within
+    `length`; with `skip` those are left out and listed.
+    """
+    made, problems, last_only = [], [], 0
+    for example in examples:
+        try:
+            ids, spans = _spans(tokenizer, example)
+            turns = sum(message.role == "assistant" for message in example.messages)
+            last_only += completions_only and len(spans) < turns
+            made.append(_tokens(example.line, ids, spans if completions_only else [(0, len(ids))], length))
+        except DataError as error:
+            problems.append(Problem(example.line, str(error)))
+    if problems and (not skip or not made):
+        listed = some([f"line {p.line} {p.message}" for p in problems])
+        raise DataError(f"{len(problems)} of {len(examples)} examples cannot be used: {listed}")
+    notes = []
+    if cut := [tokens for tokens in made if tokens.cut]:
+        lost = sum(tokens.cut for tokens in cut)
+        notes.append(f"{len(cut)} of {len(made)} examples are longer than {length} tokens; {lost:,} tokens are cut off")
+    if last_only:
+        notes.append(
+            f"of {last_only} conversations only the last answer is learnt: the chat template writes the earlier ones "
+            "differently once the conversation goes on"
+        )
+    return Rendered(made, problems, notes)
+
+
+def choices(tokenizer: PreTrainedTokenizerBase, example: Example, length: int) -> list[Tokens]:
+    """The example once for each of its choices, with that one as the answer: what log-likelihoods are compared of."""
+    *before, _ = example.messages
+    options = [
+        Example(example.line, (*before, Message("assistant", choice)), choices=example.choices)
+        for choice in example.choices
+    ]
+    return render(tokenizer, options, length).examples
+
+
+def prompt_ids(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> list[int]:
+    """The tokens after which the model writes the next answer: for conversations that end with the user's turn.
+
+    Without a chat template, a line break stands where the answer begins; examples whose answers bring a space of their
+    own (" good") are learnt without it. Raises DataError where the template refuses the conversation.
+    """
+    if tokenizer.chat_template:
+        return _templated(tokenizer, messages, add_generation_prompt=True)
+    return [token for part in _plain(tokenizer, messages) for token in part]
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """Of some examples, in tokens: the shortest, the median, 95 of 100, the longest; learnt tokens in all."""
+
+    examples: int
+    shortest: int
+    median: int
+    most: int  # the 95th percentile
+    longest: int
+    learnt: int
+    total: int
+
+
+def lengths(examples: Sequence[Tokens]) -> Lengths:
+    """Raises ValueError where there are none."""
+    sizes = np.array([len(tokens.ids) for tokens in examples])
+    shortest, median, most, longest = (int(q) for q in np.quantile(sizes, (0, 0.5, 0.95, 1), method="higher"))
+    return Lengths(len(sizes), shortest, median, most, longest, sum(t.learnt for t in examples), int(sizes.sum()))
+
+
+def shown(tokenizer: PreTrainedTokenizerBase, tokens: Tokens) -> list[tuple[str, bool]]:
+    """The example as (text, whether it is learnt), run by run. Control tokens are shown: there, templates go wrong."""
+    runs: list[tuple[list[int], bool]] = []
+    for token, label in zip(tokens.ids, tokens.labels, strict=True):
+        if not runs or runs[-1][1] != (label != IGNORED):
+            runs.append(([], label != IGNORED))
+        runs[-1][0].append(token)
+    return [(tokenizer.decode(ids, skip_special_tokens=False), learnt) for ids, learnt in runs]
+
+
+# Where the answers stand
+
+
+def _tokens(line: int, ids: list[int], spans: list[tuple[int, int]], length: int) -> Tokens:
+    labels = [IGNORED] * len(ids)
+    for start, stop in spans:
+        labels[start:stop] = ids[start:stop]
+    tokens = Tokens(tuple(ids[:length]), tuple(labels[:length]), line, max(0, len(ids) - length))
+    if not tokens.learnt:
+        raise DataError(
+            f"has {min((start for start, _ in spans), default=len(ids))} tokens before its answer, and the limit is "
+            f"{length} in all; shorten it, or raise the limit"
+            if tokens.cut
+            else "has no token to learn"
+        )
+    return tokens
+
+
+def _spans(tokenizer: PreTrainedTokenizerBase, example: Example) -> tuple[list[int], list[tuple[int, int]]]:
+    """All tokens, and the (start, stop) of each answer among them."""
+    if not example.messages:
+        ids = _ended(tokenizer, _tokenized(tokenizer, example.text, special=True))
+        return ids, [(0, len(ids))]
+    _refuse_control_tokens(tokenizer, example)
+    if not tokenizer.chat_template:
+        return _plain_spans(tokenizer, example.messages)
+    if "generation" in tokenizer.chat_template:
+        ids, spans = _marked(tokenizer, example.messages)
+        if spans:
+            return ids, spans
+    return _added(tokenizer, example.messages)
+
+
+def _refuse_control_tokens(tokenizer: PreTrainedTokenizerBase, example: Example) -> None:
+    """A control token inside a message would end the turn that it stands in."""
+    texts = [message.content for message in example.messages]
+    if found := [token for token in tokenizer.all_special_tokens if any(token in text for text in texts)]:
+        raise DataError(f"holds {found[0]!r}, a control token of this tokenizer; take it out of the text")
+
+
+def _templated(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], **options) -> list[int]:
+    return list(_apply(tokenizer, messages, **options)["input_ids"])
+
+
+def _apply(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], **options):
+    turns = [{"role": message.role, "content": message.content} for message in messages]
+    try:
+        return tokenizer.apply_chat_template(turns, tokenize=True, return_dict=True, **options)
+    except TemplateError as error:  # templates refuse what they do not know, such as a system message
+        raise DataError(f"is refused by the tokenizer's chat template: {error}") from None
+
+
+def _marked(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> tuple[list[int], list[tuple[int, int]]]:
+    """By the template's own marks of what the assistant wrote."""
+    found = _apply(tokenizer, messages, return_assistant_tokens_mask=True)
+    ids, mask = list(found["input_ids"]), found["assistant_masks"]
+    edges = np.flatnonzero(np.diff([0, *mask, 0])).tolist()
+    return ids, list(zip(edges[::2], edges[1::2], strict=True))
+
+
+def _added(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> tuple[list[int], list[tuple[int, int]]]:
+    """By what rendering adds: an answer stands between the prompt before it and the conversation that ends with it.
+
+    Both must be a beginning of the whole, token by token. Some templates write earlier answers differently once the
+    conversation goes on; then only the last answer is told apart. Raises DataError if even that fails.
+    """
+    whole = _templated(tokenizer, messages)
+    answers = [i for i, message in enumerate(messages) if message.role == "assistant"]
+    for wanted in (answers, answers[-1:]):
+        spans = [_between(tokenizer, messages, i, whole) for i in wanted]
+        if all(spans):
+            return whole, spans
+    raise DataError(
+        "cannot be split into prompt and answer: this tokenizer's chat template does not begin a conversation with "
+        "its prompt; learn from all tokens instead of completions only, or give a template that does"
+    )
+
+
+def _between(
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], answer: int, whole: list[int]
+) -> tuple[int, int] | None:
+    before = _templated(tokenizer, messages[:answer], add_generation_prompt=True) if answer else []
+    until = whole if answer == len(messages) - 1 else _templated(tokenizer, messages[: answer + 1])
+    if whole[: len(before)] != before or whole[: len(until)] != until or len(until) <= len(before):
+        return None
+    inside = whole[len(before) : len(until)]
+    if tokenizer.eos_token_id in inside:  # what a template writes behind the end of a turn, nobody has to learn
+        return len(before), len(before) + inside.index(tokenizer.eos_token_id) + 1
+    return len(before), len(until)
+
+
+def _plain_spans(
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]
+) -> tuple[list[int], list[tuple[int, int]]]:
+    ids: list[int] = []
+    spans = []
+    for message, part in zip(messages, _plain(tokenizer, messages), strict=True):
+        if message.role == "assistant":
+            spans.append((len(ids), len(ids) + len(part)))
+        ids += part
+    return ids, spans
+
+
+def _plain(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> list[list[int]]:
+    """Each turn's tokens, without a template: turns are tokenised apart, as they are when the model answers, and a line
+    break stands between two that have no space of their own there."""
+    parts = []
+    for number, message in enumerate(messages):
+        following = messages[number + 1].content[:1] if number + 1 < len(messages) else ""
+        open_end = message.role != "assistant" and not message.content[-1:].isspace() and not following.isspace()
+        part = _tokenized(tokenizer, message.content + "\n" * open_end, special=number == 0)
+        parts.append(_ended(tokenizer, part) if message.role == "assistant" else part)
+    return parts
+
+
+def _tokenized(tokenizer: PreTrainedTokenizerBase, text: str, special: bool) -> list[int]:
+    """Tokens of a text; `special`: with what the tokenizer puts at the beginning of all, but no end."""
+    ids = list(tokenizer(text, add_special_tokens=special)["input_ids"])
+    return ids[:-1] if special and ids[-1:] == [tokenizer.eos_token_id] else ids
+
+
+def _ended(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[int]:
+    return ids if tokenizer.eos_token_id is None else [*ids, tokenizer.eos_token_id]
