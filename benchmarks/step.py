@@ -37,6 +37,7 @@ def synthetic(transformer: torch.nn.Module, batch: int, height: int, width: int,
         torch.linspace(0.1, 0.9, batch).to(device),
         draw(batch, tokens, config.joint_attention_dim),
         draw(batch, config.pooled_projection_dim),
+        torch.ones(batch, device=device),
     )
 
 

@@ -1,5 +1,7 @@
 """The diffusion task: the loss against diffusers' own formula, noise levels, batches, and previews."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import tiny
@@ -9,6 +11,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from zo_engine import cache, models
 from zo_engine.tasks.diffusion import (
     HELD_OUT,
+    KEPT_WEIGHT,
     SEARCH,
     Batch,
     Diffusion,
@@ -26,7 +29,7 @@ def random_batch(size: int, seed: int = 0) -> Batch:
     generator = torch.Generator().manual_seed(seed + 1)
     noise = torch.randn(given["hidden_states"].shape, generator=generator)
     text = given["encoder_hidden_states"], given["pooled_projections"]
-    return Batch(given["hidden_states"], noise, given["timestep"] / 1000, *text)
+    return Batch(given["hidden_states"], noise, given["timestep"] / 1000, *text, torch.ones(len(noise)))
 
 
 def examples(count: int, shape=(16, 4, 4)) -> list[Example]:
@@ -60,7 +63,7 @@ def test_loss_equals_diffusers_trainer_formula():
     weighting = torch.ones_like(sigmas)
     reference = torch.mean((weighting * (predicted - target) ** 2).reshape(5, -1), 1)
 
-    same = Batch(batch.latents, batch.noise, sigmas.flatten(), batch.prompt, batch.pooled)
+    same = Batch(batch.latents, batch.noise, sigmas.flatten(), batch.prompt, batch.pooled, batch.weight)
     ours = flow_losses(transformer, same, torch.float32)
     torch.testing.assert_close(ours, reference, rtol=1e-5, atol=0)
 
@@ -129,11 +132,12 @@ def test_a_share_of_the_batch_keeps_the_bases_answers():
     batch = made.batch(0, 8)
     assert batch.sigma[6:].tolist() == [0.125, 0.125] and (batch.sigma[:6] != 0.125).all()
     assert torch.equal(batch.noise[6:], batch.latents[6:] + 1)
+    assert batch.weight.tolist() == [1.0] * 6 + [KEPT_WEIGHT] * 2
     assert (batch.prompt[:6] == 0).all() and (batch.prompt[6:] != 0).any(dim=(1, 2)).all()
     other = made.batch(1, 8).latents[6:]
     assert not torch.equal(batch.latents[6:], other)
     held = made.evaluation(8)[0]
-    assert (held.sigma != 0.125).all()
+    assert (held.sigma != 0.125).all() and (held.weight == 1).all()
 
 
 def test_the_base_answers_as_it_did_and_a_moved_model_does_not(folder):
@@ -145,11 +149,14 @@ def test_the_base_answers_as_it_did_and_a_moved_model_does_not(folder):
     batch = Batch(
         torch.stack([e.latents for e in made]), torch.stack([e.noise for e in made]),
         torch.tensor([e.sigma for e in made]), torch.stack([e.prompt for e in made]),
-        torch.stack([e.pooled for e in made]),
+        torch.stack([e.pooled for e in made]), torch.ones(len(made)),
     )  # fmt: skip
     with torch.no_grad():
         assert flow_losses(model, batch, torch.float32).max() < 1e-9
         model.proj_out.weight.mul_(1.1)
+        plain = flow_losses(model, batch, torch.float32)
+        heavy = flow_losses(model, dataclasses.replace(batch, weight=3 * batch.weight), torch.float32)
+        torch.testing.assert_close(heavy, 3 * plain)
         assert flow_losses(model, batch, torch.float32).min() > 1e-6
 
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 GOLDEN = 0.6180339887498949  # the most even sequence of offsets: frac(k * GOLDEN)
 TRAINING, SEARCH, HELD_OUT = 1, 2, 3  # streams of randomness
+KEPT_WEIGHT = 3.0  # of an answer to be kept: it carries no noise, so one says as much as several pictures
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,7 @@ class Batch:
     sigma: Tensor  # [B], in 0..1
     prompt: Tensor  # [B, T, D]
     pooled: Tensor  # [B, P]
+    weight: Tensor  # [B], of the example's loss
 
     def __len__(self) -> int:
         return len(self.sigma)
@@ -60,8 +62,8 @@ def predicted(
 
 
 def flow_errors(model: nn.Module, batch: Batch, dtype: torch.dtype, train_timesteps: int = 1000) -> Tensor:
-    """Error of the predicted velocity, scaled so that its squared norm is the mean squared error, [B, C * h * w] in
-    fp32 (fp64 stays fp64).
+    """Error of the predicted velocity, scaled so that its squared norm is the weighted mean squared error,
+    [B, C * h * w] in fp32 (fp64 stays fp64).
 
     The loss is that of diffusers' train_dreambooth_lora_sd3.py with `precondition_outputs=0` and weighting 1.
     """
@@ -70,11 +72,11 @@ def flow_errors(model: nn.Module, batch: Batch, dtype: torch.dtype, train_timest
     velocity = predicted(model, noisy, batch.sigma, batch.prompt, batch.pooled, dtype, train_timesteps)
     wide = torch.promote_types(velocity.dtype, torch.float32)
     error = (velocity.to(wide) - (batch.noise - batch.latents).to(wide)).flatten(1)
-    return error / error.shape[1] ** 0.5
+    return error * (batch.weight.to(wide) / error.shape[1]).sqrt()[:, None]
 
 
 def flow_losses(model: nn.Module, batch: Batch, dtype: torch.dtype) -> Tensor:
-    """Mean squared error of the predicted velocity, one per sample [B]."""
+    """Weighted mean squared error of the predicted velocity, one per sample [B]."""
     return flow_errors(model, batch, dtype).square().sum(1)
 
 
@@ -140,7 +142,8 @@ class Diffusion:
             self.empty if d and e.noise is None else (e.prompt, e.pooled) for e, d in zip(examples, drop, strict=True)
         ]
         prompt, pooled = (torch.stack(part) for part in zip(*text, strict=True))
-        return Batch(latents, noise, torch.from_numpy(sigma).float(), prompt, pooled).to(self.device)
+        weight = torch.tensor([1.0 if e.noise is None else KEPT_WEIGHT for e in examples])
+        return Batch(latents, noise, torch.from_numpy(sigma).float(), prompt, pooled, weight).to(self.device)
 
     def batch(self, step: int, size: int, stream: int = TRAINING) -> Batch:
         """The batch of a step: a pure function of (seed, step, stream). One picture size at a time, by its share."""
