@@ -67,7 +67,7 @@ class Recipe:
     # The loss
     caption_dropout: float = setting(0.0, "share of pictures shown without caption", low=0.0, high=1.0)
     prior: float = setting(
-        0.125, "share of a batch that keeps what the base draws without the trigger", low=0, high=0.9
+        0.125, "share of a batch that keeps what the base draws without trigger", low=0, high=0.9
     )
     holdout: float = setting(0.15, "share of pictures kept out of training, for the held-out loss", low=0.0, high=0.5)
     sigma_mean: float = setting(0.0, "mean of the logit-normal noise level", low=-5, high=5)

@@ -1,5 +1,5 @@
-"""Zeroth-order descent on the scales, from losses to the next theta: QZO as published, for any loss. No input, no output,
-no model. Where the loss is a sum of squares, `newton` needs fewer passes.
+"""Zeroth-order descent on the scales, from losses to the next theta: QZO as published, for any loss. No input, no
+output, no model. Where the loss is a sum of squares, `newton` needs fewer passes.
 
 Q-SPSA (QZO, arXiv:2505.13430, after Spall 1992 and MeZO, arXiv:2305.17333): along a random direction z,
 
