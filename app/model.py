@@ -10,7 +10,7 @@ from app import figures
 from app.jobs import Job
 from app.place import Place
 from app.plainly import plainly
-from zo_engine.hub import MODELS, ModelError, arrived, check, find, read_json, repository
+from zo_engine.hub import MODELS, ModelError, arrived, check_pipeline, find, read_json, repository
 
 ACCESS = (
     "Behind a licence. Once: open huggingface.co/{repo}, log in and accept it; make a token of the kind “read” at "
@@ -80,7 +80,7 @@ class Models:
         """A folder, checked at once, or a repository. Raises ModelError for what is neither."""
         if name and (model := (model or "").strip()) and self.model(name) != model:
             if folder := find(model):
-                check(folder)
+                check_pipeline(folder)
                 model = str(folder) if model not in MODELS and "/" in model and Path(model).exists() else model
             elif not re.fullmatch(REPOSITORY, model):
                 raise ModelError(f"there is no folder {model!r} on this machine, and a repository is written org/name")
@@ -205,7 +205,7 @@ def other_model(model: str) -> dict:
         verdict = ("flat", "Not on this machine yet. Download it here, or it is fetched when training starts.")
     else:
         try:
-            check(folder)
+            check_pipeline(folder)
             quantized = "quantization_config" in read_json(folder / "transformer" / "config.json")
             facts.append(("weights", "quantised already" if quantized else "quantised as they are loaded"))
             verdict = ("good", "A whole Stable Diffusion 3 pipeline, as far as its files tell.")

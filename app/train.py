@@ -21,7 +21,7 @@ from zo_engine.hub import MODELS
 from zo_engine.run import Run
 
 LENGTHS = [("Quick, 12 steps", 12), ("Normal, 32 steps", 32), ("Thorough, 80 steps", 80)]
-ELSEWHERE = ("images", "trigger", "model")  # fields with a place of their own, on the tabs before
+ELSEWHERE = ("images", "trigger", "model", *recipes.TEXT_FIELDS)  # not among the dials
 DIALS = ("steps", "resolution", "prompts")
 ADVANCED = tuple(name for name in form.FIELDS if name not in ELSEWHERE + DIALS)
 SAY_WHICH_STEP = """

@@ -74,7 +74,7 @@ def zeroth(studio: Studio, recipe: Recipe, every: int) -> Curve:
 def price(studio: Studio, training: Training) -> float:
     """Make a step; the forwards that it took."""
     recipe, method = studio.recipe, training.method
-    blocks = len(studio.transformer.transformer_blocks)
+    blocks = len(studio.model.transformer_blocks)
     shares = [(blocks - level.first + 0.25) / (blocks + 0.25) for level in levels(studio.space.views, recipe.depth)]
     if isinstance(method, GaussNewton):
         rows = [count + 1 for count in method.counts(method.step)]

@@ -86,13 +86,14 @@ def measure(model: str, batch: int, rounds: int, device: str) -> dict:
         examples, replays = data.take(torch.arange(FRESH * batch, device=where) % batch), {}
         rows = lambda s: flow_errors(transformer, examples.take(s.to(where)), dtype)  # noqa: E731
 
-        def errors(part, probes, fresh):
+        def outcomes(part, probes, fresh):
             if part not in replays:
                 with tuned.dressed(newton.theta):
                     replays[part] = prefixes[part].run(rows, FRESH * batch, ROWS)
-            return evaluate(tuned, newton.theta, probes, rows, ROWS, replays[part])
+            errors = evaluate(tuned, newton.theta, probes, rows, ROWS, replays[part])
+            return torch.cat([errors.square().sum(1, keepdim=True), errors], 1)
 
-        newton.advance(errors, batch)
+        newton.advance(outcomes, batch)
         newton.theta.zero_()
         newton.step = 0
 

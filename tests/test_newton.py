@@ -40,15 +40,20 @@ def at(newton, probes):
     return theta
 
 
+def squared(errors):
+    """What the method reads of errors [R, m] whose squared norm is the loss."""
+    return torch.cat([errors.square().sum(1, keepdim=True), errors], 1)
+
+
 def least_squares(matrices, targets):
-    """errors(newton) of `A theta - b`, each example with its own A [B, m, n] and b [B, m]; fresh ones are the same."""
+    """outcomes(newton) of `A theta - b`, each example with its own A [B, m, n] and b [B, m]."""
 
     def of(newton):
-        def errors(part, probes, fresh):
+        def outcomes(part, probes, fresh):
             example = probes.sample % len(matrices)
-            return torch.einsum("rmn,rn->rm", matrices[example], at(newton, probes)) - targets[example]
+            return squared(torch.einsum("rmn,rn->rm", matrices[example], at(newton, probes)) - targets[example])
 
-        return errors
+        return outcomes
 
     return of
 
@@ -93,10 +98,10 @@ def test_the_model_of_the_loss_is_that_of_the_exact_jacobian():
     def error(sample):
         return (net(tokens[sample], pooled[sample]) - target[sample]).flatten(1)
 
-    def errors(part, probes, fresh):
-        return evaluate(space, newton.theta, probes, error)
+    def outcomes(part, probes, fresh):
+        return squared(evaluate(space, newton.theta, probes, error))
 
-    gram, slope, loss = newton._model(errors, BATCH)
+    gram, slope, loss = newton._model(outcomes, BATCH)
     (z,) = newton.directions()
 
     def folded(weights):
@@ -118,9 +123,9 @@ def test_nothing_tuned_an_ill_conditioned_bowl_is_solved_where_slopes_crawl():
     minimum = torch.full((size,), 0.5, dtype=torch.float64)
     targets = (matrices @ minimum).float().double()
     newton = method(size, per_part=10)
-    errors, passes = least_squares(matrices, targets)(newton), 0
+    outcomes, passes = least_squares(matrices, targets)(newton), 0
     for _ in range(40):
-        newton.advance(errors, BATCH)
+        newton.advance(outcomes, BATCH)
         passes += newton.cost(newton.step) + FRESH * (len(DAMPINGS) + 1)
     left = lambda theta: ((matrices[0] @ theta.double() - targets[0]) ** 2).sum().item()  # noqa: E731
     start = left(torch.zeros(size))
@@ -142,10 +147,10 @@ def test_nothing_tuned_an_ill_conditioned_bowl_is_solved_where_slopes_crawl():
 def test_a_move_that_fresh_examples_refute_is_not_made():
     newton = method()
 
-    def errors(part, probes, fresh):
-        return at(newton, probes) + (-1.0 if fresh else 1.0)  # the fresh minimum lies on the other side
+    def outcomes(part, probes, fresh):
+        return squared(at(newton, probes) + (-1.0 if fresh else 1.0))  # the fresh minimum lies on the other side
 
-    record = newton.advance(errors, BATCH)
+    record = newton.advance(outcomes, BATCH)
     assert not newton.theta.any() and newton.step == 1
     assert not record.skipped and record.damping == record.size == 0 and not any(record.weights)
     assert min(record.tried) == record.tried[0]
@@ -159,13 +164,13 @@ def test_an_error_that_is_not_finite_changes_nothing_or_is_not_chosen(bad, fresh
     newton.advance(good, BATCH)
     before = newton.theta.clone()
 
-    def errors(part, probes, is_fresh):
+    def outcomes(part, probes, is_fresh):
         found = good(part, probes, is_fresh)
         if is_fresh == fresh:
-            found[-1, 2] = bad  # of the batch: a probe; of the fresh ones: the most careful damping
+            found[-1, 0] = bad  # of the batch: a probe; of the fresh ones: the most careful damping
         return found
 
-    record = newton.advance(errors, BATCH)
+    record = newton.advance(outcomes, BATCH)
     assert record.skipped == (not fresh)
     assert torch.equal(newton.theta, before) == record.skipped
     assert (newton.step, newton.skipped) == (2, int(not fresh))
@@ -175,7 +180,7 @@ def test_an_error_that_is_not_finite_changes_nothing_or_is_not_chosen(bad, fresh
 def test_a_flat_loss_moves_nothing_far():
     newton = method()
     for _ in range(2):
-        newton.advance(lambda part, probes, fresh: torch.ones(len(probes.sign), 5), BATCH)
+        newton.advance(lambda part, probes, fresh: squared(torch.ones(len(probes.sign), 5)), BATCH)
     assert not newton.theta.any()
 
 
@@ -193,14 +198,14 @@ def test_directions_double_and_are_no_more_than_elements():
 def rough(newton, bad=(2, 5)):
     """A curved valley with a hole in some steps."""
 
-    def errors(part, probes, fresh):
+    def outcomes(part, probes, fresh):
         theta = at(newton, probes)
-        found = torch.cat([theta - 0.3, 0.5 * torch.sin(3 * theta) + theta.roll(1, 1)], 1)
+        found = squared(torch.cat([theta - 0.3, 0.5 * torch.sin(3 * theta) + theta.roll(1, 1)], 1))
         if newton.step in bad and not fresh:
-            found[0, 0] = math.nan
+            found[0, 1] = math.nan
         return found
 
-    return errors
+    return outcomes
 
 
 def live(steps=9, **settings):
@@ -281,12 +286,12 @@ def golden_run(model, chunk=None, prefixed=True):
         output = model(**{name: value[sample] for name, value in data.items()}).sample.flatten(1)
         return output / output.shape[1] ** 0.5
 
-    def errors(part, probes, fresh):
+    def outcomes(part, probes, fresh):
         with space.dressed(newton.theta):
             replay = prefixes[part].run(error, FRESH * 4) if prefixed else None
-        return evaluate(space, newton.theta, probes, error, chunk, replay)
+        return squared(evaluate(space, newton.theta, probes, error, chunk, replay))
 
-    return newton, [newton.advance(errors, 4) for _ in range(8)]
+    return newton, [newton.advance(outcomes, 4) for _ in range(8)]
 
 
 def golden_journal():

@@ -8,7 +8,7 @@ import pytest
 from zo_engine import recipe as recipes
 from zo_engine.recipe import Recipe, RecipeError, dump, load, make
 
-OTHER = {str: "other", int: 99, bool: True, tuple[str, ...]: ("a [trigger] sun", 'quotes " \\ ü\n')}
+OTHER = {str: "other", int: 99, tuple[str, ...]: ("a [trigger] sun", 'quotes " \\ ü\n')}
 
 
 def other(field):
@@ -16,6 +16,10 @@ def other(field):
     choices = [choice for choice in field.metadata["choices"] if choice != field.default]
     if choices:
         return choices[0]
+    if field.type is bool:
+        return not field.default
+    if field.name == "text_columns":
+        return ("prompt=question",)
     if field.type is float:
         low, high = field.metadata["low"], min(field.metadata["high"], 100.0)
         return low + (high - low) / 3
@@ -37,10 +41,11 @@ def written(tmp_path):
 # Round trip
 
 
-def test_every_setting_survives_the_file(written, tmp_path):
-    recipe = Recipe(**{field.name: other(field) for field in dataclasses.fields(Recipe)})
-    assert all(getattr(recipe, f.name) != f.default for f in dataclasses.fields(Recipe))
-    recipe = dataclasses.replace(recipe, images=str(tmp_path / "pictures"))
+@pytest.mark.parametrize(("taught", "left_out"), [("images", "texts"), ("texts", "images")])
+def test_every_setting_survives_the_file(written, tmp_path, taught, left_out):
+    recipe = Recipe(**{f.name: other(f) for f in dataclasses.fields(Recipe) if f.name != left_out})
+    assert all(getattr(recipe, f.name) != f.default for f in dataclasses.fields(Recipe) if f.name != left_out)
+    recipe = dataclasses.replace(recipe, **{taught: str(tmp_path / "there")})
     assert load(written(dump(recipe))) == recipe
 
 
@@ -133,6 +138,19 @@ def test_a_value_out_of_range_is_refused(line, sentence, written):
     assert refused(line, written) == sentence
 
 
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ('images = "/a"\ntexts = "/b"', "a recipe teaches pictures or texts, not both: it has images = '/a' and texts"),
+        ('text_columns = ["question"]', "text_columns must look like field=column, such as prompt=question, not"),
+        ('text_columns = ["=question"]', "text_columns must look like field=column"),
+        ("length = 7", "length = 7 is outside of 8 and above"),
+    ],
+)
+def test_settings_of_texts_that_do_not_fit_are_refused(text, sentence, written):
+    assert sentence in refused(text, written)
+
+
 def test_a_choice_that_there_is_not_lists_those_that_there_are(written):
     message = refused('quantization = "int4"', written)
     assert message == "quantization = 'int4' is not possible; choose from nf4, fp4, int8"
@@ -187,6 +205,11 @@ def test_folders_are_meant_from_where_the_recipe_lies(tmp_path, monkeypatch):
         recipe = load(path)
         assert Path(recipe.images) == place / "pictures"
         assert Path(recipe.model) == place / "base"
+    (place / "mine.jsonl").write_text("")
+    file.write_text('texts = "mine.jsonl"')
+    assert Path(load(file).texts) == place / "mine.jsonl"
+    file.write_text('texts = "org/data:train"')
+    assert load(file).texts == "org/data:train"  # of the hub
     file.write_text('images = "../other"\nmodel = "tiny-sd3"')
     assert Path(load(file).images) == tmp_path / "styles" / "other"
     assert load(file).model == "tiny-sd3"  # a known model's name stays one
@@ -195,6 +218,7 @@ def test_folders_are_meant_from_where_the_recipe_lies(tmp_path, monkeypatch):
 
 
 def test_what_is_made_public_names_no_folder_of_this_machine(tmp_path):
+    assert str(tmp_path) not in repr(Recipe(texts=str(tmp_path / "me.jsonl")).public())
     public = Recipe(images=str(tmp_path / "me"), model=str(tmp_path / "base"), device="cuda:3").public()
     assert str(tmp_path) not in repr(public)
     assert public["model"] == "base"

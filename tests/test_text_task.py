@@ -10,12 +10,23 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from zo_engine.blocks import Prefix, levels
 from zo_engine.hub import ModelError
 from zo_engine.models import load_language_model, load_tokenizer
-from zo_engine.noise import directions
+from zo_engine.newton import GaussNewton
+from zo_engine.noise import Layout, directions
 from zo_engine.probes import GainSpace, GroupSpace, central, evaluate
 from zo_engine.quantize import quantized_layers
 from zo_engine.scales import find_scales, prove_live
 from zo_engine.tasks.diffusion import HELD_OUT, TRAINING
-from zo_engine.tasks.text import Language, answers, choose, likelihoods, stack, token_losses
+from zo_engine.tasks.text import (
+    FEATURES,
+    Language,
+    answers,
+    choose,
+    likelihoods,
+    sketched,
+    stack,
+    token_features,
+    token_losses,
+)
 from zo_engine.texts import Example, Message
 from zo_engine.tokens import IGNORED, Tokens, choices
 
@@ -136,6 +147,72 @@ def test_padding_and_what_stands_in_it_change_no_loss(kind):
     longer = Tokens((5,) * 60, (IGNORED, 5) * 30)
     for pad in (0, 77):
         assert torch.allclose(token_losses(model, stack([*examples, longer], pad))[:3], plain, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("exact", [True, False])
+def test_the_model_of_the_loss_is_half_the_exact_gauss_newton_matrix_and_gradient(exact):
+    """In fp64 (Llama has norms in fp32), against automatic differentiation; with few buckets, up to what is lost."""
+    model, batch, count = tiny.language_model("opt").double(), stack(some_tokens(3)), 5
+    weight = model.get_parameter("model.decoder.layers.2.fc2.weight")
+    plain, layout = weight.data.clone(), Layout({"w": tuple(weight.shape)})
+    newton = GaussNewton(layout, [layout], seed=1, per_part=count, eps=1e-6)
+
+    def outcomes(part, probes, fresh):
+        rows = []
+        for direction, sign, sample in zip(probes.direction, probes.sign, probes.sample, strict=True):
+            weight.data = plain + probes.eps * sign * probes.z[direction].double().view_as(plain)
+            rows.append(token_features(model, batch.take(sample[None]), FEATURES if exact else 2000))
+        weight.data = plain
+        return torch.cat(rows)
+
+    gram, slope, loss = newton._model(outcomes, len(batch))
+    z = newton.directions()[0].double().view(count, *weight.shape)
+    expected_gram, expected_slope, expected_loss = torch.zeros(count, count).double(), torch.zeros(count).double(), 0.0
+    for row in range(len(batch)):
+        one = batch.take(torch.tensor([row]))
+        learnt = one.labels[0, 1:] != IGNORED
+
+        def logits(w, one=one, learnt=learnt):
+            moved = {"model.decoder.layers.2.fc2.weight": plain + torch.einsum("k,kij->ij", w, z)}
+            given = {"input_ids": one.tokens, "attention_mask": one.mask}
+            return torch.func.functional_call(model, moved, (), given).logits[0, :-1][learnt]
+
+        at = torch.zeros(count, dtype=torch.float64)
+        j = torch.autograd.functional.jacobian(logits, at)  # [n, V, K]
+        p = logits(at).softmax(-1)
+        curvature = torch.diag_embed(p) - p[:, :, None] * p[:, None]
+        expected_gram += torch.einsum("nvk,nvu,nul->kl", j, curvature, j) / learnt.sum() / 2 / len(batch)
+        target = one.labels[0, 1:][learnt]
+        difference = p - torch.nn.functional.one_hot(target, p.shape[1])
+        expected_slope += torch.einsum("nvk,nv->k", j, difference) / learnt.sum() / 2 / len(batch)
+        expected_loss += torch.nn.functional.cross_entropy(logits(at), target).item() / len(batch)
+    loose = 0.0 if exact else 0.3 * expected_gram.diagonal().mean().item()
+    torch.testing.assert_close(gram, expected_gram, rtol=1e-4, atol=1e-8 + loose)
+    torch.testing.assert_close(slope, expected_slope, rtol=1e-4, atol=1e-6)
+    assert loss == pytest.approx(expected_loss, rel=1e-10)
+    assert exact == bool(torch.allclose(gram, expected_gram, rtol=1e-4, atol=1e-8))
+
+
+def test_a_sketch_keeps_inner_products_up_to_its_size():
+    values = torch.randn(6, 4, 5000, generator=torch.Generator().manual_seed(1)).softmax(-1).sqrt().double()
+    values = values - values.mean(0)
+    exact = torch.einsum("anv,bnv->ab", values, values)
+    for buckets, error in ((64, 0.4), (1024, 0.1), (5000, 0.0)):
+        small = torch.stack([sketched(v, buckets) for v in values])
+        assert small.shape == (6, 4, buckets)
+        found = torch.einsum("anv,bnv->ab", small, small)
+        assert (found - exact).abs().max() <= error * exact.diagonal().mean()
+
+
+def test_features_do_not_depend_on_the_neighbours_but_for_positions_where_only_they_learn():
+    model, batch = tiny.language_model().double(), stack(some_tokens(4))
+    together = token_features(model, batch)
+    torch.testing.assert_close(together[:, 0], token_losses(model, batch))
+    for row in range(4):
+        alone = token_features(model, batch.take(torch.tensor([row])))[0]
+        found = together[row]
+        assert found[1:].square().sum() == pytest.approx(2)  # probabilities of each token sum to one
+        torch.testing.assert_close(found[found != 0], alone[alone != 0])
 
 
 def test_a_batch_is_a_pure_function_of_seed_step_and_stream():

@@ -228,7 +228,7 @@ def test_a_style_is_small_and_says_what_it_is(studio, tmp_path):
     style = load_style(run.style_file)
     assert run.style_file.stat().st_size < 200_000
     assert style.base["code_hash"] == studio.code_hash and style.facts["trigger"] == "gold"
-    assert style.facts["pictures"] == str(studio.pictures) and style.facts["licence"]
+    assert style.facts["pictures"] == str(studio.examples) and style.facts["licence"]
     assert str(studio.recipe.images) not in run.style_file.read_bytes().decode("latin-1")
 
 
@@ -274,7 +274,7 @@ def test_strength_scales_theta_and_zero_is_the_base(studio, tmp_path):
     styled = open_style(go(studio, tmp_path / "run").path, tmp_path / "cache")
     how = {"size": (32, 32), "seed": 1, "steps": 2, "guidance": 2.0}
     base, style = (np.asarray(styled.sample(["a sun"], s, **how)[0], int) for s in (0.0, 1.0))
-    plain = np.asarray(studio.sample(["a gold of a sun"], 2, [1])[0])
+    plain = np.asarray(studio.preview.sample(studio.recipe, ["a gold of a sun"], 2, [1])[0])
     assert base.shape == style.shape and np.abs(base - style).max() > 0 and plain.shape == (48, 32, 3)
     with pytest.raises(StyleError, match="outside of 0 to 1.5"):
         styled.sample(["a sun"], 1.6, **how)
@@ -326,7 +326,7 @@ def test_cache_notices_a_changed_picture_and_a_damaged_file(recipe, data, tmp_pa
 
 
 def test_held_out_pictures_are_not_trained_on(studio):
-    assert studio.pictures + studio.held_out == PICTURES and studio.held_out == 2
+    assert studio.examples + studio.held_out == PICTURES and studio.held_out == 2
     train = {e.latents.numpy().tobytes() for group in studio.task.train.values() for e in group}
     held = {e.latents.numpy().tobytes() for group in studio.task.held_out.values() for e in group}
     assert not train & held
@@ -337,9 +337,9 @@ def test_previews_carry_prompt_and_seed(studio, tmp_path):
     single = sorted((run.previews / "000000").glob("*.png"))
     with Image.open(single[1]) as image:
         assert isinstance(image, PngImagePlugin.PngImageFile)
-        assert image.info["seed"] == "43" and image.info["prompt"] == studio.prompts[1]
+        assert image.info["seed"] == "43" and image.info["prompt"] == studio.preview.prompts[1]
     assert run.preview_file(0).exists() and run.preview_file(3).exists()
-    assert {"a gold of a sun", "a gold of a moon"} >= set(studio.prompts)
+    assert {"a gold of a sun", "a gold of a moon"} >= set(studio.preview.prompts)
 
 
 def test_plot_of_any_run_is_a_picture(studio, tmp_path):

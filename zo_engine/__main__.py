@@ -12,7 +12,7 @@ import click
 
 from zo_engine import __version__
 from zo_engine import recipe as recipes
-from zo_engine.run import Run, RunError, new_name
+from zo_engine.run import Run, RunError, new_name, write_atomic
 
 CHECKOUT = Path(__file__).resolve().parent.parent
 DEMO = CHECKOUT / "styles" / "tarot" / "recipe.toml"
@@ -31,9 +31,9 @@ strength_option = click.option(
 )
 json_option = click.option("--json", "as_json", is_flag=True, help="Machine-readable output.")
 prompts_option = click.option(
-    "--prompt", "prompts", multiple=True, help="What to draw; repeatable.  [default: the run's prompts]"
+    "--prompt", "prompts", multiple=True, help="What to draw, or to answer; repeatable.  [default: the run's prompts]"
 )
-seed_option = click.option("--seed", type=int, default=None, help="Seed of the first picture.")
+seed_option = click.option("--seed", type=int, default=None, help="Seed of the first picture or answer.")
 source_argument = click.argument("source", type=click.Path(exists=True, path_type=Path))
 
 
@@ -61,7 +61,7 @@ def recipe_options(command: Callable) -> Callable:
 )
 @click.pass_context
 def cli(context: click.Context, runs_dir: Path) -> None:
-    """Fine-tune a quantised model in the memory of inference: teach it a style from a few pictures."""
+    """Fine-tune a quantised model in the memory of inference: teach it a style from a few pictures, or texts."""
     context.obj = runs_dir
 
 
@@ -113,7 +113,7 @@ def start(run: Run, recipe: recipes.Recipe | None, runs_dir: Path, as_json: bool
             )
         what = f"{studio.space.layout.size:,} numbers"
         what += f" after the first {first} blocks" if (first := studio.untouched) else ""
-        say(f"training {what} on {studio.pictures} pictures; run folder {run.path}")
+        say(f"training {what} on {studio.examples} {studio.preview.unit}; run folder {run.path}")
         try:
             return training.train(run, studio, report, stop)
         except (training.TrainingError, OSError) as error:
@@ -156,6 +156,9 @@ def finish(state: str, run: Run, as_json: bool) -> None:
     elif state == "done":
         evaluations = run.evaluations()
         click.echo(f"held-out loss {evaluations[0]['loss']:.4f} -> {run.status()['best_held_out']:.4f}")
+        if "accuracy" in evaluations[0]:
+            best = next(e for e in evaluations if e["step"] == run.status()["best_step"])
+            click.echo(f"accuracy {evaluations[0]['accuracy']:.3f} -> {best['accuracy']:.3f}")
         for title, path in (("previews", run.previews), ("plot", run.plot_file), ("style", run.style_file)):
             click.echo(f"{title:10} {path}")
     if state == "stopped":
@@ -191,6 +194,7 @@ def demo(runs_dir: Path, out: Path | None, steps: int | None) -> None:
 @strength_option
 @out_option
 @device_option
+@json_option
 @click.pass_obj
 def preview(
     runs_dir: Path,
@@ -200,14 +204,18 @@ def preview(
     strength: float,
     out: Path | None,
     device: str,
+    as_json: bool,
 ) -> None:
-    """Draw prompts with RUN's style (a run folder or a style file), as one sheet of pictures."""
+    """Draw prompts with RUN's style (a run folder or a style file), as one sheet of pictures; or answer them."""
     from zo_engine import pictures
 
     styled, how, prompts = opened(run, runs_dir, "", device, prompts, seed)
+    if answering(styled):
+        tell([{"prompt": shown(p), "answer": a} for p, a in answered(styled, prompts, strength, how)], out, as_json)
+        return
     images = styled.sample(prompts, strength, **how)
     sheet = pictures.grid([images[i : i + 8] for i in range(0, len(images), 8)])
-    click.echo(pictures.save_png(sheet, out or Path("preview.png"), prompts=" | ".join(prompts)))
+    written(pictures.save_png(sheet, out or Path("preview.png"), prompts=" | ".join(prompts)), as_json)
 
 
 @cli.command()
@@ -218,6 +226,7 @@ def preview(
 @model_option
 @out_option
 @device_option
+@json_option
 @click.pass_obj
 def compare(
     runs_dir: Path,
@@ -228,13 +237,19 @@ def compare(
     model: str,
     out: Path | None,
     device: str,
+    as_json: bool,
 ) -> None:
-    """Base against style: the same prompts and seeds, in one picture. SOURCE is a run folder or a style file."""
+    """Base against style: the same prompts and seeds, in one picture or as text. SOURCE is a run folder or a style."""
     from zo_engine import apply, pictures
 
     styled, how, prompts = opened(source, runs_dir, model, device, prompts, seed)
+    if answering(styled):
+        before, after = (answered(styled, prompts, s, how) for s in (0.0, strength))
+        rows = zip(before, after, strict=True)
+        tell([{"prompt": shown(p), "before": b, "after": a} for (p, b), (_, a) in rows], out, as_json)
+        return
     sheet = apply.compare(styled, prompts, strength, **how)
-    click.echo(pictures.save_png(sheet, out or Path("compare.png"), prompts=" | ".join(prompts)))
+    written(pictures.save_png(sheet, out or Path("compare.png"), prompts=" | ".join(prompts)), as_json)
 
 
 @cli.command()
@@ -245,6 +260,7 @@ def compare(
 @model_option
 @out_option
 @device_option
+@json_option
 @click.pass_obj
 def apply(
     runs_dir: Path,
@@ -255,22 +271,29 @@ def apply(
     model: str,
     out: Path | None,
     device: str,
+    as_json: bool,
 ) -> None:
-    """Put a style (file or run folder) on a freshly loaded base and draw PROMPT."""
+    """Put a style (file or run folder) on a freshly loaded base and draw PROMPT, or answer it."""
     from zo_engine import pictures
 
     styled, how, prompts = opened(source, runs_dir, model, device, (prompt,), seed)
+    if answering(styled):
+        tell([{"prompt": shown(p), "answer": a} for p, a in answered(styled, prompts, strength, how)], out, as_json)
+        return
     (image,) = styled.sample(prompts, strength, **how)
-    click.echo(pictures.save_png(image, out or Path("picture.png"), prompt=prompt, strength=str(strength)))
+    written(pictures.save_png(image, out or Path("picture.png"), prompt=prompt, strength=str(strength)), as_json)
 
 
 def opened(source: Path, runs_dir: Path, model: str, device: str, prompts: tuple[str, ...], seed: int | None):
     """(styled base, how to sample, prompts): as the style's recipe says where nothing else is given."""
     from zo_engine.apply import open_style
+    from zo_engine.texts import Message
 
     quiet()
     styled = open_style(source, runs_dir / ".cache", model, device)
     recipe = styled.style.recipe
+    if answering(styled):
+        return styled, {"seed": seed}, [(Message("user", prompt),) for prompt in prompts] or styled.prompts
     width, height = (int(n) for n in styled.style.facts["size"].split("x"))
     how = {
         "size": (width, height),
@@ -281,6 +304,36 @@ def opened(source: Path, runs_dir: Path, model: str, device: str, prompts: tuple
     return styled, how, list(prompts) or json.loads(styled.style.facts["prompts"])
 
 
+def answering(styled) -> bool:
+    """Whether a styled base answers, rather than draws."""
+    from zo_engine.apply import StyledLanguageModel
+
+    return isinstance(styled, StyledLanguageModel)
+
+
+def answered(styled, prompts: list, strength: float, how: dict) -> list[tuple]:
+    return list(zip(prompts, styled.answers(prompts, strength, **how), strict=True))
+
+
+def shown(prompt: tuple) -> str:
+    """What was asked last."""
+    return prompt[-1].content
+
+
+def tell(rows: list[dict[str, str]], out: Path | None, as_json: bool) -> None:
+    """Prompts and answers, as JSON or for people; to a file if there is one."""
+    width = max(len(name) for name in rows[0])
+    text = "\n\n".join("\n".join(f"{name:{width}}  {value}" for name, value in row.items()) for row in rows)
+    text = json.dumps(rows, ensure_ascii=False) if as_json else text
+    if out:
+        write_atomic(out, text + "\n")
+    click.echo(out or text)
+
+
+def written(path: Path, as_json: bool) -> None:
+    click.echo(json.dumps({"picture": str(path)}) if as_json else path)
+
+
 @cli.command()
 @source_argument
 @click.argument("folder", type=click.Path(path_type=Path))
@@ -289,7 +342,7 @@ def opened(source: Path, runs_dir: Path, model: str, device: str, prompts: tuple
 @device_option
 @click.pass_obj
 def export(runs_dir: Path, source: Path, folder: Path, strength: float, model: str, device: str) -> None:
-    """Write the styled model as a quantised diffusers FOLDER that plain diffusers loads."""
+    """Write the styled model as a quantised FOLDER that plain diffusers, or plain transformers, loads."""
     from zo_engine.apply import open_style
 
     quiet()

@@ -1,18 +1,23 @@
-"""A style back on its base: pictures, comparisons and an exported model, from a run folder or a style file."""
+"""A style back on its base: pictures or answers, comparisons, an exported model, from a run folder or a style file."""
 
+import json
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from PIL import Image
+from transformers import PreTrainedTokenizerBase
 
 from zo_engine import cache, card, models, pictures
+from zo_engine.hub import is_language
 from zo_engine.probes import Space
 from zo_engine.run import Run
 from zo_engine.scales import find_scales, prove_live
 from zo_engine.style import Style, StyleError, checked_strength, load_style, make_space, theta_of
 from zo_engine.tasks.diffusion import sample
-from zo_engine.train import pick_device, pick_dtype
+from zo_engine.texts import Message
+from zo_engine.train import Prompt, pick_device, pick_dtype, reply
 
 
 @dataclass
@@ -21,21 +26,31 @@ class Styled:
 
     style: Style
     folder: Path
-    transformer: torch.nn.Module
+    model: torch.nn.Module
     space: Space
     theta: torch.Tensor
-    cache: cache.Cache
     source: Path
+
+    def at(self, strength: float) -> AbstractContextManager[None]:
+        """The model with the style at a strength; 0 is the base. Raises StyleError for what is out of reach."""
+        return self.space.folded(self.theta * checked_strength(strength))
+
+
+@dataclass
+class StyledPipeline(Styled):
+    """One that draws."""
+
+    cache: cache.Cache
 
     def sample(
         self, prompts: list[str], strength: float, size: tuple[int, int], seed: int, steps: int, guidance: float
     ) -> list[Image.Image]:
         """One picture a prompt at a strength (0 is the base), seeds following on from `seed`."""
-        device = self.transformer.device
-        encoders = models.encoders_for(self.folder, device, self.transformer.dtype)
+        device = self.model.device
+        encoders = models.encoders_for(self.folder, device, self.model.dtype)
         text = cache.embeddings(self.cache, self.folder, ["", *prompts], models.text_length(self.folder), *encoders)
-        pipe = models.pipeline(self.folder, self.transformer, models.load_vae(self.folder, device=device))
-        with self.space.folded(self.theta * checked_strength(strength)):
+        pipe = models.pipeline(self.folder, self.model, models.load_vae(self.folder, device=device))
+        with self.at(strength):
             return sample(
                 pipe,
                 [text[prompt] for prompt in prompts],
@@ -49,9 +64,34 @@ class Styled:
 
     def export(self, out: Path, strength: float = 1.0) -> Path:
         """A complete diffusers folder with the style in its scales and a model card; plain diffusers loads it."""
-        with self.space.folded(self.theta * checked_strength(strength)):
-            models.export(self.folder, self.transformer, out)
+        with self.at(strength):
+            models.export(self.folder, self.model, out)
         card.write(out, card.read(style_file(self.source)), strength, samples(self.source, self.style))
+        return out
+
+
+@dataclass
+class StyledLanguageModel(Styled):
+    """One that answers."""
+
+    tokenizer: PreTrainedTokenizerBase
+
+    @property
+    def prompts(self) -> list[Prompt]:
+        """The preview prompts of the run that the style comes from."""
+        return [tuple(Message(**m) for m in prompt) for prompt in json.loads(self.style.facts["prompts"])]
+
+    def answers(self, prompts: list[Prompt], strength: float, seed: int | None = None) -> list[str]:
+        """One answer a prompt at a strength (0 is the base), as the style's recipe asks for them."""
+        plain = self.style.facts.get("plain") == "1"
+        with self.at(strength):
+            return reply(self.model, self.tokenizer, prompts, plain, self.style.recipe, seed)
+
+    def export(self, out: Path, strength: float = 1.0) -> Path:
+        """A complete folder with the style in its scales and a model card; plain transformers loads it."""
+        with self.at(strength):
+            models.export_language_model(self.folder, self.model, out)
+        card.write(out, card.read(style_file(self.source)), strength, [])
         return out
 
 
@@ -76,23 +116,28 @@ def style_file(source: Path) -> Path:
     return run.style_file
 
 
-def open_style(source: Path, cache_folder: Path, model: str = "", device: str = "auto") -> Styled:
+def open_style(
+    source: Path, cache_folder: Path, model: str = "", device: str = "auto"
+) -> StyledPipeline | StyledLanguageModel:
     """Load a style and a fresh base for it: the model it names, or `model`. Raises StyleError for a wrong base."""
     style = load_style(style_file(source))
     recipe = style.recipe
     where = pick_device(device)
     folder = models.locate(model or style.base.get("model", ""))
-    transformer = models.load_transformer(
-        folder, quantization=recipe.quantization, device=where, dtype=pick_dtype(recipe.dtype, where)
-    )
-    views = find_scales(transformer)
+    language = is_language(folder)
+    load = models.load_language_model if language else models.load_transformer
+    base = load(folder, quantization=recipe.quantization, device=where, dtype=pick_dtype(recipe.dtype, where))
+    views = find_scales(base)
     space = make_space(views, recipe)
-    theta = theta_of(style, space, models.code_hash(transformer), where)
+    theta = theta_of(style, space, models.code_hash(base), where)
     prove_live(views)
-    return Styled(style, folder, transformer, space, theta, cache.Cache(cache_folder), Path(source))
+    parts = (style, folder, base, space, theta, Path(source))
+    if language:
+        return StyledLanguageModel(*parts, models.load_tokenizer(folder))
+    return StyledPipeline(*parts, cache.Cache(cache_folder))
 
 
-def compare(styled: Styled, prompts: list[str], strength: float, **how) -> Image.Image:
+def compare(styled: StyledPipeline, prompts: list[str], strength: float, **how) -> Image.Image:
     """Base above, style below: the same prompts and seeds, eight to a row."""
     before, after = (styled.sample(prompts, s, **how) for s in (0.0, strength))
     title = "after" if strength == 1 else f"after, strength {strength:g}"

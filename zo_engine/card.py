@@ -30,7 +30,14 @@ class Known:
     facts: dict[str, str]
 
     @property
+    def answers(self) -> bool:
+        """Whether it is of a language model."""
+        return "texts" in self.facts
+
+    @property
     def prompt(self) -> str:
+        if self.answers:
+            return json.loads(self.facts["prompts"])[0][-1]["content"]
         return (json.loads(self.facts.get("prompts", "[]")) or [self.facts.get("trigger", "")])[0]
 
     @property
@@ -54,7 +61,14 @@ def read(style: Path) -> Known:
 
 
 def style_snippet(style: Path, known: Known) -> str:
-    """Python that draws with a style file, of either form."""
+    """Python that draws with a style file, of either form, or answers."""
+    if known.answers:
+        return f"""from zo_engine.apply import open_style
+
+styled = open_style({str(style)!r}, cache_folder="cache")
+for answer in styled.answers(styled.prompts, strength=1.0):
+    print(answer)
+"""
     return f"""from zo_engine.apply import open_style
 
 styled = open_style({str(style)!r}, cache_folder="cache")
@@ -89,6 +103,24 @@ picture.save("picture.png")
 """
 
 
+def language_snippet(folder: Path | str, known: Known) -> str:
+    """Python that answers with an exported folder and transformers alone."""
+    asked = f"tokenizer({known.prompt!r}, return_tensors='pt')"
+    if known.facts.get("plain") != "1":
+        turns = [{"role": "user", "content": known.prompt}]
+        asked = f"""tokenizer.apply_chat_template(
+    {turns!r}, add_generation_prompt=True, return_tensors="pt", return_dict=True
+)"""
+    return f"""from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained({str(folder)!r}, device_map="auto")
+tokenizer = AutoTokenizer.from_pretrained({str(folder)!r})
+given = {asked}
+found = model.generate(**given.to(model.device), max_new_tokens={known.recipe["answer_tokens"]}, do_sample=False)
+print(tokenizer.decode(found[0, given["input_ids"].shape[1] :], skip_special_tokens=True))
+"""
+
+
 def write(folder: Path, known: Known, strength: float, samples: list[Path]) -> None:
     """Put the model card, README.md, and its sample pictures into an exported folder."""
     shown = []
@@ -107,11 +139,14 @@ def text(folder: Path, known: Known, strength: float, samples: list[tuple[str, s
     if Path(model).is_absolute():
         model = Path(model).name  # where it lies on this machine concerns nobody
     repo, title = repository(model), MODELS[model].title if model in MODELS else model
+    kind, library, tags = ("text-to-image", "diffusers", ["stable-diffusion-3"])
+    if known.answers:
+        kind, library, tags = ("text-generation", "transformers", [])
     data = ModelCardData(
         base_model=repo if repo.count("/") == 1 else None,
-        library_name="diffusers",
-        pipeline_tag="text-to-image",
-        tags=["text-to-image", "diffusers", "stable-diffusion-3", "qzo"],
+        library_name=library,
+        pipeline_tag=kind,
+        tags=[kind, library, *tags, "qzo"],
         instance_prompt=trigger or None,
         widget=[{"text": prompt, "output": {"url": file}} for file, prompt in samples] or None,
         **_licence(repo, known.licence),
@@ -120,6 +155,8 @@ def text(folder: Path, known: Known, strength: float, samples: list[tuple[str, s
     pictures = "\n".join(f"| ![]({file}) | {quote(prompt)} |" for file, prompt in samples)
     pictures = f"\n| picture | prompt |\n|---|---|\n{pictures}\n" if samples else ""
     trained = known.facts.get("step", "0")
+    unit = "texts" if known.answers else "pictures"
+    snippet = language_snippet(name, known) if known.answers else folder_snippet(name, known, text_length(folder))
     held = f"{known.facts.get('held_out_at_start') or '?'} before, {known.facts.get('held_out') or '?'} after"
     return f"""---
 {data.to_yaml()}
@@ -127,13 +164,13 @@ def text(folder: Path, known: Known, strength: float, samples: list[tuple[str, s
 
 # {quote(trigger or name)}
 
-A style for {quote(title)}, trained on {known.facts.get("pictures", "?")} pictures without gradients: only the
+A style for {quote(title)}, trained on {known.facts.get(unit, "?")} {unit} without gradients: only the
 quantisation scales of the model were moved. {f"The word `{trigger}` in a prompt calls it." if trigger else ""}
 {pictures}
 ## How to use it
 
 ```python
-{folder_snippet(name, known, text_length(folder))}```
+{snippet}```
 
 ## How it was made
 

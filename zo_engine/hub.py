@@ -88,6 +88,15 @@ MODELS = {model.name: model for model in _KNOWN}
 SD3_MULTIPLE = 16  # of every SD3: the autoencoder halves three times, its patches once more
 
 
+LANGUAGE_CLASSES = ("ForCausalLM", "LMHeadModel")  # how transformers' names of causal language models end
+TOKENIZERS = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")  # one of these must be there
+LANGUAGE_FILES = (
+    *TOKENIZERS,
+    *("config.json", "generation_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *("vocab.json", "vocab.txt", "merges.txt", "spiece.model", "chat_template*", "LICENSE*"),
+)
+
+
 def repository(model: str) -> str:
     """The hub repository of a model by name; of a folder or a repository, what was given."""
     return MODELS[model].repo if model in MODELS else model
@@ -101,8 +110,8 @@ def find(model: str) -> Path | None:
         return folder
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo):
         return None
-    cached = try_to_load_from_cache(repo, "model_index.json")
-    return Path(cached).parent if isinstance(cached, str) else None
+    cached = (try_to_load_from_cache(repo, name) for name in ("model_index.json", "config.json"))
+    return next((Path(file).parent for file in cached if isinstance(file, str)), None)
 
 
 def locate(model: str, download: bool = True, begin: Callable[[int], None] = lambda size: None) -> Path:
@@ -142,7 +151,7 @@ def _from_hub(repo: str, download: bool, begin: Callable[[int], None]) -> Path:
     try:
         auth_check(repo)
         files = {f.rfilename: f.size or 0 for f in model_info(repo, files_metadata=True).siblings}
-        wanted = pipeline_files(list(files))
+        wanted = wanted_files(list(files))
         size = sum(files[name] for name in wanted)
         _check_space(repo, size - arrived(repo))
         begin(size)
@@ -168,6 +177,22 @@ def _from_hub(repo: str, download: bool, begin: Callable[[int], None]) -> Path:
         ) from error
     check(folder)
     return folder
+
+
+def wanted_files(names: list[str]) -> list[str]:
+    """The files of a model among those of a repository: of a pipeline, or of a language model."""
+    return (
+        language_files(names) if "config.json" in names and "model_index.json" not in names else pipeline_files(names)
+    )
+
+
+def language_files(names: list[str]) -> list[str]:
+    """The files of a language model among those of a repository: its config, tokenizer, chat template and safetensors.
+    No pickles, no variants, no code. Raises ModelError where there are no safetensors."""
+    weights = [name for name in names if WEIGHTS.fullmatch(name)]
+    if not weights:
+        raise ModelError("the repository has no safetensors weights (model.safetensors); pickles are never loaded")
+    return sorted(weights + [name for name in names if any(fnmatch(name, wish) for wish in LANGUAGE_FILES)])
 
 
 def pipeline_files(names: list[str]) -> list[str]:
@@ -213,6 +238,18 @@ def _check_space(repo: str, needed: int) -> None:
 
 
 def check(folder: Path) -> None:
+    """Raises ModelError unless `folder` is a complete model of either kind, as far as headers tell."""
+    if not is_language(folder):
+        check_pipeline(folder)
+        return
+    if (folder / "adapter_config.json").exists():
+        raise ModelError(f"{folder} is a LoRA, not a model; give the folder of the model that it was made for")
+    _check_weights(folder)
+    if not any((folder / name).exists() for name in TOKENIZERS):
+        raise ModelError(f"{folder} has no tokenizer ({' or '.join(TOKENIZERS[:2])}); download the model again")
+
+
+def check_pipeline(folder: Path) -> None:
     """Raises ModelError unless `folder` is a complete Stable Diffusion 3 pipeline, as far as headers tell."""
     if folder.is_file():
         _refuse_file(folder)
@@ -220,6 +257,8 @@ def check(folder: Path) -> None:
         raise ModelError(f"there is no folder {folder}")
     if (folder / "adapter_config.json").exists() or (folder / "pytorch_lora_weights.safetensors").exists():
         raise ModelError(f"{folder} is a LoRA, not a model; give the folder of the model that it was made for")
+    if is_language(folder):
+        raise ModelError(f"{folder} is a language model: it draws nothing, and learns from texts")
     if not (folder / "model_index.json").exists():
         hint = (
             "it looks like one part of it, give the folder above"
@@ -231,14 +270,27 @@ def check(folder: Path) -> None:
     if index.get("_class_name") != PIPELINE:
         raise ModelError(f"{folder} is a {index.get('_class_name')}; of image models, only {PIPELINE} can be trained")
     for part in WEIGHTED_PARTS:
-        read_json(folder / part / "config.json")
-        listed, shards = find_weights(folder / part)
-        found = set()
-        for shard in shards:
-            with open_shard(shard, framework="numpy") as file:
-                found.update(file.keys())
-        check_index(folder / part, listed, found)
+        _check_weights(folder / part)
     read_json(folder / "scheduler" / "scheduler_config.json")
+
+
+def is_language(folder: Path) -> bool:
+    """Whether a folder holds a causal language model of transformers: its config.json names the class."""
+    folder = Path(folder)
+    if (folder / "model_index.json").exists() or not (folder / "config.json").exists():
+        return False
+    classes = read_json(folder / "config.json").get("architectures") or []
+    return any(str(name).endswith(LANGUAGE_CLASSES) for name in classes)
+
+
+def _check_weights(folder: Path) -> None:
+    read_json(folder / "config.json")
+    listed, shards = find_weights(folder)
+    found = set()
+    for shard in shards:
+        with open_shard(shard, framework="numpy") as file:
+            found.update(file.keys())
+    check_index(folder, listed, found)
 
 
 def _refuse_file(path: Path) -> None:

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from zo_engine import recipe as recipes
-from zo_engine.hub import ModelError, check, read_json
+from zo_engine.hub import ModelError, check, is_language, read_json
 from zo_engine.run import Run
 
 
@@ -23,9 +23,11 @@ def inspect(source: Path) -> dict[str, Any]:
         return inspect_run(Run.open(source))
     if (source / "model_index.json").is_file():
         return inspect_model(source)
+    if is_language(source):
+        return inspect_language_model(source)
     raise InspectionError(
         f"{source} is none of: a run folder (recipe.toml and run.json), a style (.safetensors), a recipe (.toml), "
-        "a diffusers model folder (model_index.json)"
+        "a model folder of diffusers (model_index.json) or of a language model (config.json)"
     )
 
 
@@ -54,8 +56,7 @@ def inspect_run(run: Run) -> dict[str, Any]:
         "step": len(journal),
         "steps": recipe.steps,
         "model": recipe.model,
-        "images": recipe.images,
-        "trigger": recipe.trigger,
+        **({"texts": recipe.texts} if recipe.texts else {"images": recipe.images, "trigger": recipe.trigger}),
         "skipped": sum(r.skipped for r in journal),
         "journal_bytes": run.journal_file.stat().st_size if journal else 0,
         "style": str(run.style_file) if run.style_file.exists() else None,
@@ -64,16 +65,36 @@ def inspect_run(run: Run) -> dict[str, Any]:
     losses = [(e["loss"], e["step"]) for e in evaluations if e["loss"] is not None]
     if losses:
         best = min(losses)
+        if accuracy := {e["step"]: e["accuracy"] for e in evaluations if "accuracy" in e}:
+            facts |= {"accuracy_at_start": accuracy[losses[0][1]], "accuracy": accuracy[best[1]]}
         facts |= {"held_out_at_start": losses[0][0], "best_held_out": best[0], "best_step": best[1]}
     return facts
 
 
-def inspect_model(source: Path) -> dict[str, Any]:
-    problem = None
+def inspect_language_model(source: Path) -> dict[str, Any]:
+    config = read_json(source / "config.json")
+    quantization = config.get("quantization_config") or {}
+    return {
+        "kind": "model",
+        "class": config["architectures"][0],
+        "blocks": config.get("num_hidden_layers"),
+        "width": config.get("hidden_size"),
+        "vocabulary": config.get("vocab_size"),
+        "quantization": "int8" if quantization.get("load_in_8bit") else quantization.get("bnb_4bit_quant_type", "none"),
+        "bytes": sum(f.stat().st_size for f in source.rglob("*") if f.is_file()),
+        "problem": _problem(source),
+    }
+
+
+def _problem(source: Path) -> str | None:
     try:
         check(source)
     except ModelError as error:
-        problem = str(error)
+        return str(error)
+    return None
+
+
+def inspect_model(source: Path) -> dict[str, Any]:
     index = read_json(source / "model_index.json")
     config = read_json(source / "transformer" / "config.json")
     return {
@@ -84,5 +105,5 @@ def inspect_model(source: Path) -> dict[str, Any]:
         "width": (config.get("num_attention_heads") or 0) * (config.get("attention_head_dim") or 0),
         "quantization": (config.get("quantization_config") or {}).get("bnb_4bit_quant_type", "none"),
         "bytes": sum(f.stat().st_size for f in source.rglob("*") if f.is_file()),
-        "problem": problem,
+        "problem": _problem(source),
     }

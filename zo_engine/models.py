@@ -6,7 +6,10 @@ parts there are. `locate`, `MODELS`, `ModelError` and others are theirs, given h
 
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from fnmatch import fnmatch
+from functools import partial
 from pathlib import Path
 
 import diffusers
@@ -25,8 +28,10 @@ from transformers import (
 )
 
 from zo_engine.hub import (
+    LANGUAGE_FILES,
     MODELS,
     PARTS,
+    TOKENIZERS,
     WEIGHTS,
     KnownModel,
     ModelError,
@@ -45,6 +50,7 @@ __all__ = [
     "ModelError",
     "code_hash",
     "export",
+    "export_language_model",
     "load_language_model",
     "load_text_encoders",
     "load_tokenizer",
@@ -86,7 +92,7 @@ def load_language_model(
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """The tokenizer of a language model's folder. Raises ModelError where there is none that transformers can read."""
     folder = Path(folder)
-    if not any((folder / name).exists() for name in ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")):
+    if not any((folder / name).exists() for name in TOKENIZERS):
         raise ModelError(f"{folder} has no tokenizer (tokenizer.json or tokenizer.model); download the model again")
     return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
 
@@ -174,24 +180,45 @@ def export(base: Path, transformer: diffusers.ModelMixin, out: Path) -> Path:
     bit.
     Raises ModelError if `out` exists or the check fails; OSError for a full disk, nothing being left behind.
     """
-    base, out = Path(base), Path(out)
+    with _appearing(Path(out)) as work:
+        _copy_others(Path(base), work)
+        # One file, however large: diffusers looks for a weight's scales in the weight's own shard only.
+        transformer.save_pretrained(work / "transformer", safe_serialization=True, max_shard_size="1TB")
+        _prove_equal(transformer, partial(load_transformer, work))
+    return Path(out)
+
+
+def export_language_model(base: Path, model: PreTrainedModel, out: Path) -> Path:
+    """Write a complete folder to `out`: this model, quantised as it is, and the tokenizer and licence from `base`.
+
+    Plain transformers loads it. As with `export`, it appears once it has been loaded again and found equal, and raises
+    the same.
+    """
+    with _appearing(Path(out)) as work:
+        for file in Path(base).iterdir():
+            if file.is_file() and any(fnmatch(file.name, wish) for wish in LANGUAGE_FILES):
+                shutil.copyfile(file, work / file.name)
+        model.save_pretrained(work, max_shard_size="1TB")  # its config.json takes the place of the base's
+        _prove_equal(model, partial(load_language_model, work))
+    return Path(out)
+
+
+@contextmanager
+def _appearing(out: Path) -> Iterator[Path]:
+    """A folder to write to, which gets the name `out` in the end if nothing went wrong, and is gone otherwise."""
     if out.exists():
         raise ModelError(f"{out} exists already; remove it, or choose another name")
     out.parent.mkdir(parents=True, exist_ok=True)
     work = out.with_name(f".{out.name}.{os.getpid()}.tmp")
     try:
-        _copy_others(base, work)
-        # One file, however large: diffusers looks for a weight's scales in the weight's own shard only.
-        transformer.save_pretrained(work / "transformer", safe_serialization=True, max_shard_size="1TB")
-        _prove_equal(work, transformer)
+        work.mkdir()
+        yield work
         os.replace(work, out)
     finally:
         shutil.rmtree(work, ignore_errors=True)
-    return out
 
 
 def _copy_others(base: Path, work: Path) -> None:
-    work.mkdir()
     for file in (base / "model_index.json", *base.glob("LICENSE*")):
         shutil.copyfile(file, work / file.name)
     for part in PARTS:
@@ -210,11 +237,11 @@ def _link(source: Path, target: Path) -> None:
         shutil.copyfile(source, target)
 
 
-def _prove_equal(folder: Path, transformer: diffusers.ModelMixin) -> None:
-    config = getattr(transformer.config, "quantization_config", None)
+def _prove_equal(model: nn.Module, load: Callable[..., nn.Module]) -> None:
+    config = getattr(model.config, "quantization_config", None)
     quantization = config.quantization_method().replace("llm_int8", "int8") if config else "none"
-    again = load_transformer(folder, quantization=quantization, dtype=transformer.dtype).state_dict()
-    state = transformer.state_dict()
+    again = load(quantization=quantization, dtype=model.dtype).state_dict()
+    state = model.state_dict()
     changed = [name for name in state if name not in again or not torch.equal(state[name].cpu(), again[name])]
     if changed or len(state) != len(again):
         raise ModelError(f"the exported model differs from the one in memory in {some(changed)}; please report this")

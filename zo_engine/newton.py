@@ -1,12 +1,15 @@
-"""The method where the loss is a sum of squares: Gauss-Newton in a random subspace, from forward passes alone.
+"""The method where the shape of the loss is known: Gauss-Newton in a random subspace, from forward passes alone.
 
-A directional derivative keeps one number of a forward pass and forgets the rest. But the loss of a flow model is
-|e(theta)|^2, the squared norm of an error with thousands of entries, and a perturbed pass shows how every one of them
-moves: J z = (e(theta + eps z) - e(theta)) / eps, a column of the Jacobian. With the columns of K random directions Z,
-the same for all examples of a batch, the best move inside their span is a small linear system:
+A directional derivative keeps one number of a forward pass and forgets the rest. But a perturbed pass shows more than
+the loss L: it shows how thousands of features f move, J z = (f(theta + eps z) - f(theta)) / eps, a column of their
+Jacobian. Where a task gives features whose J'J is half the loss's Gauss-Newton matrix, L ~ L0 + 2 g'w + w'J'Jw holds
+along any move w, and with the columns of K random directions Z, the same for all examples of a batch, the best move
+inside their span is a small linear system:
 
-    (Z'J'JZ + lambda I) w = -Z'J'e,      theta <- theta + Z w
+    (Z'J'JZ + lambda I) w = -Z'g,      theta <- theta + Z w,      2 eps z'g = L(theta + eps z) - L(theta) - |eps J z|^2
 
+The loss of a flow model is |e|^2, the squared norm of an error, which is its own feature: f = e, g = J'e. That of a
+language model is a cross-entropy, whose features are square roots of probabilities (`tasks.text.token_features`).
 (Levenberg and Marquardt's damped Gauss-Newton; in random subspaces: Cartis, Fowkes, Shao, arXiv:2211.09873; without
 derivatives: Cartis, Roberts, arXiv:2102.12016.) Stiff directions no longer set the pace for flat ones, there is no step
 size, and one pass a direction is enough: the curvature that makes one-sided differences wrong is part of the model.
@@ -29,7 +32,7 @@ from zo_engine.recipe import grown
 DAMPINGS = (0.03, 0.1, 0.3, 1.0, 3.0, 10.0)  # lambda, in units of the mean diagonal of Z'J'JZ
 FRESH = 2  # times the batch: examples that choose among them
 
-Errors = Callable[[int, Probes, bool], Tensor]
+Outcomes = Callable[[int, Probes, bool], Tensor]
 
 
 class GaussNewton:
@@ -68,14 +71,14 @@ class GaussNewton:
         """Rows that one example has in a step, before the tries."""
         return sum(count + 1 for count in self.counts(step))
 
-    def advance(self, errors: Errors, batch: int) -> Move:
+    def advance(self, outcomes: Outcomes, batch: int) -> Move:
         """One live step: probe, solve, try, move. Returns its record for the journal.
 
-        errors(part, probes, fresh): the error of every row [R, m], whose squared norm is the row's loss, with the
-        perturbation inside of a part; of this step's batch of `batch` examples, or of a fresh one FRESH times as large.
-        An error that is not finite skips the step.
+        outcomes(part, probes, fresh): the loss of every row and then its features [R, 1 + m], with the perturbation
+        inside of a part; of this step's batch of `batch` examples, whose rows come one example a call, or of a fresh
+        batch FRESH times as large, where only the losses are read: [R, 1] will do. What is not finite skips the step.
         """
-        gram, slope, loss = self._model(errors, batch)
+        gram, slope, loss = self._model(outcomes, batch)
         if not (gram.isfinite().all() and slope.isfinite().all()):
             self.skip()
             return Move(self.step - 1, (), 0.0, short(loss))
@@ -90,7 +93,7 @@ class GaussNewton:
             torch.arange(rows).repeat(len(moves)),
             self.layout,
         )
-        tried = errors(len(self.parts) - 1, probes, True).double().square().sum(1).view(len(moves), rows).mean(1).cpu()
+        tried = outcomes(len(self.parts) - 1, probes, True)[:, 0].double().view(len(moves), rows).mean(1).cpu()
         best = int(tried.nan_to_num(nan=torch.inf).argmin())
         size = moves[best].square().mean().sqrt().item()
         record = Move(
@@ -104,26 +107,27 @@ class GaussNewton:
         self.apply(record)
         return record
 
-    def _model(self, errors: Errors, batch: int) -> tuple[Tensor, Tensor, float]:
-        """(Z'J'JZ [K, K], Z'J'e [K], loss) in fp64, means over the batch; one example at a time bounds the memory."""
+    def _model(self, outcomes: Outcomes, batch: int) -> tuple[Tensor, Tensor, float]:
+        """(Z'J'JZ [K, K], Z'g [K], loss) in fp64, means over the batch; one example at a time bounds the memory."""
         z, total = self.directions(), sum(self.counts(self.step))
         gram = torch.zeros(total, total, dtype=torch.float64, device=self.theta.device)
         slope, loss = gram[0].clone(), 0.0
         for example in range(batch):
-            columns = []
+            rises, columns = [], []
             for part, layout in enumerate(self.parts):
                 count = len(z[part]) + 1  # the first row stands still: every part has its own, of the same rounding
                 direction, sign = torch.arange(count).sub(1).clamp(0), torch.ones(count, dtype=torch.int8)
                 sign[0] = 0
                 sample = torch.full((count,), example)
-                rows = errors(part, Probes(z[part], self.eps, direction, sign, sample, layout), False)
+                rows = outcomes(part, Probes(z[part], self.eps, direction, sign, sample, layout), False)
                 rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
-                centre = rows[0]
-                columns.append((rows[1:] - centre) / self.eps)
+                rises.append(rows[1:, 0].double() - rows[0, 0].double())
+                columns.append((rows[1:, 1:] - rows[0, 1:]) / self.eps)
             jacobian = torch.cat(columns)
-            gram += (jacobian @ jacobian.T).double() / batch
-            slope += (jacobian @ centre).double() / batch
-            loss += centre.double().square().sum().item() / batch
+            curvature = (jacobian @ jacobian.T).double()
+            gram += curvature / batch
+            slope += (torch.cat(rises) / self.eps - self.eps * curvature.diagonal()) / (2 * batch)
+            loss += rows[0, 0].item() / batch
         return gram, slope, loss
 
     def _moves(self, weights: Sequence[Sequence[float]]) -> list[Tensor]:
@@ -155,7 +159,7 @@ class GaussNewton:
         self.step += 1
 
     def skip(self) -> None:
-        """A step with an error that is not finite: theta stays as it is; it is counted."""
+        """A step with an outcome that is not finite: theta stays as it is; it is counted."""
         self.step += 1
         self.skipped += 1
 

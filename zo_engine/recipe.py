@@ -24,6 +24,10 @@ def grown(directions: int, step: int) -> int:
     return directions << min(step // GROWTH, DOUBLINGS)
 
 
+PRIVATE = ("images", "texts", "device")  # where things lie on this machine
+TEXT_FIELDS = ("texts", "text_columns", "skip_bad", "length", "completions_only", "answer_tokens", "temperature")
+
+
 class RecipeError(ValueError):
     """A setting that cannot be used; one sentence that says what was given and what is possible."""
 
@@ -37,14 +41,20 @@ def setting(default: Any, help: str, *, low: float = -math.inf, high: float = ma
 class Recipe:
     # What is taught
     images: str = setting("", "folder of pictures, captions beside them as .txt")
+    texts: str = setting("", "instead of pictures: a .jsonl, .json, .csv, .tsv, .parquet or .txt file, or a data set "
+                         "of the hub, org/name or org/name:split")  # fmt: skip
+    text_columns: tuple[str, ...] = setting((), "columns of the texts, as field=column; empty: recognised")
+    skip_bad: bool = setting(False, "leave out rows of texts that cannot be used, instead of stopping")
     trigger: str = setting("", "the word that calls the style, put where captions say [trigger]")
     caption: str = setting("", "caption of pictures that have none")
     model: str = setting("tiny-sd3", "a known model, a folder, or a hub repository")
     quantization: str = setting("nf4", "how weights are stored", choices=("nf4", "fp4", "int8"))
     resolution: str = setting("", "512, or WIDTHxHEIGHT buckets such as 64x64,64x96; empty: from the model")
+    length: int = setting(512, "tokens of a text, at most; the end of longer ones is cut off", low=8)
+    completions_only: bool = setting(True, "learn the answers alone, not the prompts")
     # How long
     steps: int = setting(32, "steps of the run", low=1)
-    batch_size: int = setting(16, "pictures in one step", low=1)
+    batch_size: int = setting(16, "pictures or texts in one step", low=1)
     rows: int = setting(0, "rows of one forward pass, to bound memory; 0: as many as a processor's caches like", low=0)
     # The method
     space: str = setting("gain", "what moves: gains per row, one scale per group, or the published absolute form",
@@ -79,8 +89,10 @@ class Recipe:
     preview_steps: int = setting(20, "sampler steps of a preview", low=1, high=200)
     guidance: float = setting(4.0, "guidance scale of a preview", low=1.0, high=30.0)
     preview_seed: int = setting(42, "seed of the first preview; the next ones follow", low=0)
+    answer_tokens: int = setting(64, "tokens of a previewed answer, at most", low=1, high=4096)
+    temperature: float = setting(0.0, "of previewed answers; 0: always the likeliest token", low=0.0, high=10.0)
     evaluate_every: int = setting(1, "steps between held-out losses", low=1)
-    evaluate_items: int = setting(64, "fixed (picture, noise level, noise) items of the held-out loss", low=8)
+    evaluate_items: int = setting(64, "fixed items of the held-out loss: a picture under a noise, or a text", low=8)
     # The machine
     seed: int = setting(0, "seed of the run", low=0, high=2**63 - 1)
     device: str = setting("auto", "auto, cpu, cuda or cuda:N")
@@ -91,10 +103,18 @@ class Recipe:
             object.__setattr__(self, f.name, _checked(f, getattr(self, f.name)))
         if self.optimizer == "gauss-newton" and self.space != "gain":
             raise RecipeError(f'optimizer "gauss-newton" moves gains; with space = "{self.space}" choose "sgd"')
+        if self.images and self.texts:
+            raise RecipeError(
+                f"a recipe teaches pictures or texts, not both: it has images = {self.images!r} and texts = "
+                f"{self.texts!r}; leave one of them out"
+            )
+        for entry in self.text_columns:
+            if not all(entry.partition("=")):
+                raise RecipeError(f"text_columns must look like field=column, such as prompt=question, not {entry!r}")
 
     def public(self) -> dict[str, Any]:
         """The settings that may leave the machine: without folders."""
-        values = {f.name: _plain(getattr(self, f.name)) for f in fields(self) if f.name not in ("images", "device")}
+        values = {f.name: _plain(getattr(self, f.name)) for f in fields(self) if f.name not in PRIVATE}
         return values | {"model": Path(self.model).name if Path(self.model).is_absolute() else self.model}
 
 
@@ -134,7 +154,7 @@ def make(values: dict[str, Any], source: str = "the recipe") -> Recipe:
 
 
 def load(path: Path) -> Recipe:
-    """Read a TOML recipe; `images` and a `model` folder are relative to the file. Raises RecipeError."""
+    """Read a TOML recipe; `images`, a `texts` file and a `model` folder are meant from there. Raises RecipeError."""
     path = Path(path)
     try:
         text = path.read_text(encoding="utf-8-sig")  # some editors begin with a byte order mark
@@ -149,7 +169,10 @@ def load(path: Path) -> Recipe:
         raise RecipeError(f"{path} is not valid TOML: {error}") from None
     recipe = make(values, str(path))
     return dataclasses.replace(
-        recipe, images=_beside(path, recipe.images), model=_beside(path, recipe.model, only_if_there=True)
+        recipe,
+        images=_beside(path, recipe.images),
+        texts=_beside(path, recipe.texts, only_if_there=True),  # else a data set of the hub
+        model=_beside(path, recipe.model, only_if_there=True),
     )
 
 

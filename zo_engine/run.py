@@ -9,7 +9,7 @@ runs/<name>/
   heartbeat          touched while the process can still answer
   requests/          an empty file named after each thing that was asked of the run
   log.txt            what was said
-  previews/          000100.png, one grid each, and 000100/ with its single pictures
+  previews/          000100.png, one grid each, and 000100/ with its single pictures; of a language model 000100.json
   checkpoints/       last.safetensors, best.safetensors
   plots/             loss.png
   style.safetensors  the result; style-journal.safetensors, the same as a journal
@@ -210,10 +210,13 @@ class Run:
                 raise RunError(f"line {number} of {file} is damaged; cut the file there and resume") from None
         return lines
 
-    # Pictures
+    # Previews
 
     def preview_file(self, step: int) -> Path:
         return self.previews / f"{step:06d}.png"
+
+    def answers_file(self, step: int) -> Path:
+        return self.previews / f"{step:06d}.json"
 
 
 def _append(file: Path, line: str) -> None:

@@ -101,6 +101,11 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) 
     return [token for part in _plain(tokenizer, messages) for token in part]
 
 
+def beginning_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """The tokens of a plain text that the model goes on with."""
+    return _tokenized(tokenizer, text, special=True)
+
+
 @dataclass(frozen=True)
 class Lengths:
     """Of some examples, in tokens: the shortest, the median, 95 of 100, the longest; learnt tokens in all."""

@@ -19,9 +19,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from zo_engine import cache, dataset, models, pictures, plots
+from zo_engine import cache, dataset, models, pictures, plots, texts, tokens
 from zo_engine.blocks import Prefix, Replay, levels
+from zo_engine.hub import is_language, read_json, some
 from zo_engine.journal import Record, short
 from zo_engine.newton import FRESH, GaussNewton
 from zo_engine.probes import Probes, Space, evaluate
@@ -30,11 +32,16 @@ from zo_engine.run import Run, write_atomic
 from zo_engine.scales import find_scales, prove_live
 from zo_engine.style import Style, journal_tensors, make_method, make_space, save_style, theta_tensors
 from zo_engine.tasks.diffusion import SEARCH, TRAINING, Diffusion, Example, answers, sample
+from zo_engine.tasks.text import Language, Question
+from zo_engine.tasks.text import answers as replies
+from zo_engine.texts import Message
 from zo_engine.zo import trapezoid
 
 TOKENS = 4800  # of one forward pass, where the recipe does not say how many rows: what the caches of a processor like
 TELL = 1.0  # seconds between two reports of a long step
 PATIENCE = 20  # steps in a row without a finite loss, after which a run gives up
+
+Prompt = tuple[Message, ...]  # a conversation that ends before an answer
 
 
 class TrainingError(RuntimeError):
@@ -42,36 +49,22 @@ class TrainingError(RuntimeError):
 
 
 @dataclass
-class Studio:
-    """Everything a recipe asks for, loaded: the model, its scales, the examples and what previews need."""
+class Drawing:
+    """How a run of pictures is looked at: prompts, drawn with fixed seeds."""
 
-    recipe: Recipe
+    unit = "pictures"
+
     folder: Path
-    code_hash: str
     transformer: torch.nn.Module
-    space: Space
-    task: Diffusion
     prompts: list[str]
     text: dict[str, tuple[Tensor, Tensor]]
-    size: tuple[int, int]  # width, height of previews
-    pictures: int
-    held_out: int
-    notes: list[str]
+    size: tuple[int, int]  # width, height
 
-    @property
-    def untouched(self) -> int:
-        """Blocks before the first tuned one."""
-        return levels(self.space.views, self.recipe.depth)[-1].first
-
-    def changed(self, **settings) -> "Studio":
-        """The same model and pictures under other settings of the method."""
-        recipe, views = dataclasses.replace(self.recipe, **settings), find_scales(self.transformer)
-        return dataclasses.replace(self, recipe=recipe, space=make_space(views, recipe))
-
-    def sample(self, prompts: list[str] | None = None, steps: int = 0, seeds: list[int] | None = None) -> list:
+    def sample(
+        self, recipe: Recipe, prompts: list[str] | None = None, steps: int = 0, seeds: list[int] | None = None
+    ) -> list:
         """Pictures of the model as its scales stand now. One seed a prompt, following on from the recipe's."""
         prompts = prompts or self.prompts
-        recipe = self.recipe
         vae = models.load_vae(self.folder, device=self.transformer.device)
         return sample(
             models.pipeline(self.folder, self.transformer, vae),
@@ -83,6 +76,100 @@ class Studio:
             steps=steps or recipe.preview_steps,
             guidance=recipe.guidance,
         )
+
+    def file(self, run: Run, step: int) -> Path:
+        return run.preview_file(step)
+
+    def write(self, run: Run, step: int, recipe: Recipe) -> None:
+        """The preview prompts as single pictures and as one sheet."""
+        images = self.sample(recipe)
+        folder = run.previews / f"{step:06d}"
+        for i, (image, prompt) in enumerate(zip(images, self.prompts, strict=True)):
+            pictures.save_png(image, folder / f"{i:02d}.png", prompt=prompt, seed=recipe.preview_seed + i)
+        rows = [images[i : i + 8] for i in range(0, len(images), 8)]
+        pictures.save_png(pictures.grid(rows, side=96), self.file(run, step))
+
+    def facts(self, recipe: Recipe) -> dict[str, str]:
+        """What a style keeps of it."""
+        return {
+            "trigger": recipe.trigger,
+            "prompts": json.dumps(self.prompts),
+            "size": "{}x{}".format(*self.size),
+        }
+
+
+@dataclass
+class Answering:
+    """How a run of texts is looked at: prompts, answered greedily or with fixed seeds."""
+
+    unit = "texts"
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    prompts: list[Prompt]
+    plain: bool  # prompts are beginnings, to be gone on with
+
+    def file(self, run: Run, step: int) -> Path:
+        return run.answers_file(step)
+
+    def write(self, run: Run, step: int, recipe: Recipe) -> None:
+        """The preview prompts with their answers, in a file and in the log."""
+        found = reply(self.model, self.tokenizer, self.prompts, self.plain, recipe)
+        rows = [{"prompt": p[-1].content, "answer": answer} for p, answer in zip(self.prompts, found, strict=True)]
+        write_atomic(self.file(run, step), json.dumps({"step": step, "answers": rows}, indent=1, ensure_ascii=False))
+        for row in rows:
+            run.log(f"step {step}: {json.dumps(row, ensure_ascii=False)}")
+
+    def facts(self, recipe: Recipe) -> dict[str, str]:
+        """What a style keeps of it."""
+        prompts = [[dataclasses.asdict(message) for message in prompt] for prompt in self.prompts]
+        return {"prompts": json.dumps(prompts, ensure_ascii=False), "plain": str(int(self.plain))}
+
+
+def reply(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: list[Prompt],
+    plain: bool,
+    recipe: Recipe,
+    seed: int | None = None,
+) -> list[str]:
+    """Answers as a recipe asks for them. One seed a prompt, following on from `seed` or the recipe's."""
+    first = recipe.preview_seed if seed is None else seed
+    return replies(
+        model,
+        tokenizer,
+        prompts,
+        seeds=[first + i for i in range(len(prompts))] if recipe.temperature else None,
+        most=recipe.answer_tokens,
+        temperature=recipe.temperature or 1.0,
+        plain=plain,
+    )
+
+
+@dataclass
+class Studio:
+    """Everything a recipe asks for, loaded: the model, its scales, the examples and how the run is looked at."""
+
+    recipe: Recipe
+    code_hash: str
+    model: torch.nn.Module
+    space: Space
+    task: Diffusion | Language
+    preview: Drawing | Answering
+    examples: int
+    held_out: int
+    notes: list[str]
+
+    @property
+    def untouched(self) -> int:
+        """Blocks before the first tuned one."""
+        return levels(self.space.views, self.recipe.depth)[-1].first
+
+    def changed(self, **settings) -> "Studio":
+        """The same model and examples under other settings of the method."""
+        recipe, views = dataclasses.replace(self.recipe, **settings), find_scales(self.model)
+        return dataclasses.replace(self, recipe=recipe, space=make_space(views, recipe))
 
 
 def pick_device(device: str) -> torch.device:
@@ -117,11 +204,20 @@ def split(pictures: list, share: float, seed: int) -> tuple[list, list]:
 
 def prepare(recipe: Recipe, cache_folder: Path, say: Callable[[str], None] = lambda text: None) -> Studio:
     """Load what the recipe asks for. Raises ValueError (of some kind) for whatever the user can mend."""
+    return prepare_texts(recipe, say) if recipe.texts else prepare_pictures(recipe, cache_folder, say)
+
+
+def prepare_pictures(recipe: Recipe, cache_folder: Path, say: Callable[[str], None]) -> Studio:
+    """Of a recipe with `images`; latents and embeddings are kept in `cache_folder`."""
     device = pick_device(recipe.device)
     dtype = pick_dtype(recipe.dtype, device)
     known = models.describe(recipe.model)
     found = dataset.read(recipe.images, trigger=recipe.trigger, caption=recipe.caption)
     folder = models.locate(recipe.model)
+    if is_language(folder):
+        raise RecipeError(
+            f"{recipe.model} is a language model and learns no pictures; give `texts` in place of `images`"
+        )
     buckets = dataset.buckets(recipe.resolution or known.resolution, models.pixel_multiple(folder))
     placed = [(picture, dataset.choose_bucket(picture.size, buckets)) for picture in found]
     notes = dataset.warnings(found, buckets)
@@ -139,11 +235,7 @@ def prepare(recipe: Recipe, cache_folder: Path, say: Callable[[str], None] = lam
 
     say(f"loading {known.title} in {recipe.quantization}")
     transformer = models.load_transformer(folder, quantization=recipe.quantization, device=device, dtype=dtype)
-    views = find_scales(transformer)
-    prove_live(views)
-    space = make_space(views, recipe)
-    if space.left_out:
-        notes.append(f"{len(space.left_out)} layers stay frozen: their groups straddle rows ({space.left_out[0]}, ...)")
+    space = tuned(transformer, recipe, notes)
     if not held_out:
         notes.append("too few pictures to hold some out: the held-out loss is measured on training pictures")
     as_examples = lambda part: [  # noqa: E731
@@ -174,18 +266,86 @@ def prepare(recipe: Recipe, cache_folder: Path, say: Callable[[str], None] = lam
     sizes = [bucket for _, bucket in placed]
     return Studio(
         recipe=recipe,
-        folder=folder,
         code_hash=models.code_hash(transformer),
-        transformer=transformer,
+        model=transformer,
         space=space,
         task=task,
-        prompts=prompts,
-        text=text,
-        size=max(set(sizes), key=sizes.count),
-        pictures=len(train),
+        preview=Drawing(folder, transformer, prompts, text, size=max(set(sizes), key=sizes.count)),
+        examples=len(train),
         held_out=len(held_out),
         notes=notes,
     )
+
+
+def prepare_texts(recipe: Recipe, say: Callable[[str], None]) -> Studio:
+    """Of a recipe with `texts`."""
+    device = pick_device(recipe.device)
+    known = models.describe(recipe.model)
+    folder = models.locate(recipe.model)
+    if not is_language(folder):
+        raise RecipeError(
+            f"{recipe.model} draws pictures and learns no texts; set `model` to the folder or the hub repository of a "
+            "language model"
+        )
+    columns = dict(entry.split("=", 1) for entry in recipe.text_columns)
+    contents = texts.read(recipe.texts, columns, recipe.skip_bad)
+    tokenizer = models.load_tokenizer(folder)
+    length = min(recipe.length, int(read_json(folder / "config.json").get("max_position_embeddings", recipe.length)))
+    rendered = tokens.render(tokenizer, contents.examples, length, recipe.completions_only, recipe.skip_bad)
+    notes = [*rendered.notes]
+    if length < recipe.length:
+        notes.append(f"the model reads {length} tokens at most, so texts are cut there")
+    if left_out := [*contents.problems, *rendered.problems]:
+        listed = some([f"line {p.line} {p.message}" for p in left_out])
+        notes.append(f"{len(left_out)} rows are left out: {listed}")
+    by_line = {example.line: example for example in contents.examples}
+    train, held_out = split([(by_line[t.line], t) for t in rendered.examples], recipe.holdout, recipe.seed)
+    if not held_out:
+        notes.append("too few texts to hold some out: the held-out loss is measured on training texts")
+    judged = held_out or train
+    questions = [
+        Question(tokens.choices(tokenizer, example, length), example.choices.index(example.messages[-1].content))
+        for example, _ in judged[: recipe.evaluate_items]
+        if example.choices
+    ]
+    plain = contents.mapping.form == "text"
+    asked = [(Message("user", prompt),) for prompt in recipe.prompts]
+    prompts = asked or begun([example for example, _ in (*held_out, *train)])
+
+    say(f"loading {known.title} in {recipe.quantization}")
+    model = models.load_language_model(
+        folder, quantization=recipe.quantization, device=device, dtype=pick_dtype(recipe.dtype, device)
+    )
+    space = tuned(model, recipe, notes)
+    learnt = lambda part: [t for _, t in part]  # noqa: E731
+    return Studio(
+        recipe=recipe,
+        code_hash=models.code_hash(model),
+        model=model,
+        space=space,
+        task=Language(model, learnt(train), learnt(judged), questions, seed=recipe.seed, device=device),
+        preview=Answering(model, tokenizer, prompts, plain),
+        examples=len(train),
+        held_out=len(held_out),
+        notes=notes,
+    )
+
+
+def tuned(model: torch.nn.Module, recipe: Recipe, notes: list[str]) -> Space:
+    """The space that the recipe tunes of a model, proved to be live; what cannot be tuned is added to the notes."""
+    views = find_scales(model)
+    prove_live(views)
+    space = make_space(views, recipe)
+    if space.left_out:
+        notes.append(f"{len(space.left_out)} layers stay frozen: their groups straddle rows ({space.left_out[0]}, ...)")
+    return space
+
+
+def begun(examples: list[texts.Example], most: int = 4) -> list[Prompt]:
+    """Preview prompts: conversations up to their last answer, or the beginnings of plain texts."""
+    first_third = lambda text: " ".join((words := text.split())[: max(1, len(words) // 3)])  # noqa: E731
+    found = (e.messages[:-1] if e.messages else (Message("user", first_third(e.text)),) for e in examples)
+    return list(dict.fromkeys(prompt for prompt in found if prompt))[:most]
 
 
 def plain_prompts(captions: list[str], trigger: str, most: int = 8) -> list[str]:
@@ -207,9 +367,9 @@ class Training:
 
     def __init__(self, run: Run, studio: Studio):
         self.run, self.studio, self.recipe = run, studio, studio.recipe
-        self.method = make_method(studio.space, self.recipe, studio.transformer.device)
+        self.method = make_method(studio.space, self.recipe, studio.model.device)
         found = levels(studio.space.views, self.recipe.depth)
-        self.prefixes = [Prefix(studio.transformer, level) if level.first else None for level in found]
+        self.prefixes = [Prefix(studio.model, level) if level.first else None for level in found]
         self.rows = self.recipe.rows or max(1, TOKENS // studio.task.tokens())
         self.items = studio.task.evaluation(self.recipe.evaluate_items)
         self.best = (math.inf, 0)  # held-out loss and step
@@ -242,7 +402,7 @@ class Training:
 
         def evaluated(outputs: Callable, size: int, level: int, probes: Probes, fresh: bool) -> Tensor:
             batch = task.batch(step, size, SEARCH if fresh else TRAINING)
-            rows = lambda index: outputs(batch.take(index.to(batch.latents.device)))  # noqa: E731
+            rows = lambda index: outputs(batch.take(index.to(theta.device)))  # noqa: E731
             prefix, space = self.prefixes[level], self.studio.space
             if prefix and (level, fresh) not in replays:
                 with space.dressed(theta):
@@ -252,14 +412,17 @@ class Training:
         if isinstance(self.method, GaussNewton):
             made, total = 0, recipe.batch_size * self.method.cost(step)
 
-            def errors(level: int, probes: Probes, fresh: bool) -> Tensor:
+            def outcomes(level: int, probes: Probes, fresh: bool) -> Tensor:
                 nonlocal made
-                found = evaluated(task.errors, recipe.batch_size * (FRESH if fresh else 1), level, probes, fresh)
-                made += 0 if fresh else len(probes.sign)
+                if fresh:
+                    found = evaluated(task.losses, recipe.batch_size * FRESH, level, probes, fresh)[:, None]
+                else:
+                    found = evaluated(task.outcomes, recipe.batch_size, level, probes, fresh)
+                    made += len(probes.sign)
                 part(made / total)
                 return found
 
-            return self.method.advance(errors, recipe.batch_size)
+            return self.method.advance(outcomes, recipe.batch_size)
 
         def losses(probes: Probes, fresh: bool) -> Tensor:
             return evaluated(task.losses, recipe.batch_size, -1, probes, fresh).cpu()
@@ -273,6 +436,7 @@ class Training:
     def evaluate(self) -> None:
         """The held-out loss of theta as it stands; the best theta is kept."""
         with self.studio.space.folded(self.method.theta):
+            figures = self.studio.task.figures()
             parts = [self.studio.task.losses(b) for batch in self.items for b in _pieces(batch, self.rows)]
         items = [short(x) for x in torch.cat(parts).tolist()]
         start = self.start or items
@@ -283,6 +447,7 @@ class Training:
             "error": float(np.std(items, ddof=1) / len(items) ** 0.5),
             "change": float(change.mean()),  # against the start, item by item: its error is far smaller
             "change_error": float(change.std(ddof=1) / len(items) ** 0.5),
+            **figures,
             "items": items,
         }
         facts = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in facts.items()}
@@ -301,15 +466,10 @@ class Training:
             self.best = (facts["loss"], facts["step"])
         return better
 
-    def preview(self) -> Path:
-        """The preview prompts with their fixed seeds, as single pictures and as one sheet."""
+    def preview(self) -> None:
+        """What the model makes of the preview prompts as it stands."""
         with self.studio.space.folded(self.method.theta):
-            images = self.studio.sample()
-        folder = self.run.previews / f"{self.method.step:06d}"
-        for i, (image, prompt) in enumerate(zip(images, self.studio.prompts, strict=True)):
-            pictures.save_png(image, folder / f"{i:02d}.png", prompt=prompt, seed=self.recipe.preview_seed + i)
-        rows = [images[i : i + 8] for i in range(0, len(images), 8)]
-        return pictures.save_png(pictures.grid(rows, side=96), self.run.preview_file(self.method.step))
+            self.studio.preview.write(self.run, self.method.step, self.recipe)
 
     def checkpoint(self) -> None:
         _write_checkpoint(self.run.last_file, *self.method.state())
@@ -321,13 +481,11 @@ class Training:
         if step != self.method.step and (checkpoint := _read_checkpoint(self.run.best_file)):
             theta = checkpoint[0]["theta"]
         facts = {
-            "trigger": self.recipe.trigger,
-            "pictures": str(self.studio.pictures),
+            self.studio.preview.unit: str(self.studio.examples),
             "step": str(step),
             "held_out": f"{self.best[0]:.6g}",
             "held_out_at_start": f"{np.mean(self.start):.6g}" if self.start else "",
-            "prompts": json.dumps(self.studio.prompts),
-            "size": "{}x{}".format(*self.studio.size),
+            **self.studio.preview.facts(self.recipe),
             "licence": models.describe(self.recipe.model).licence,
         }
         base = self.run.base()
@@ -430,7 +588,7 @@ def train(run: Run, studio: Studio, report: Callable[[dict], None], stop: thread
             run.log(f"saved at step {method.step}, as asked")
         due = method.step == 0 or at_end or (recipe.preview_every and method.step % recipe.preview_every == 0)
         due = due or "preview" in asked
-        if due and not run.preview_file(method.step).exists():
+        if due and not studio.preview.file(run, method.step).exists():
             training.preview()
         if at_end or stop.is_set():
             break
@@ -460,7 +618,7 @@ def train(run: Run, studio: Studio, report: Callable[[dict], None], stop: thread
             "one_step": one_step,
             **timing(0.0),
             "skipped": method.skipped,
-            "memory": memory(studio.transformer.device),
+            "memory": memory(studio.model.device),
         }
         run.write_status("running", **facts)
         report(facts)

@@ -174,6 +174,15 @@ class Diffusion:
         """[B]: the squared norms of the errors."""
         return self.errors(batch).square().sum(1)
 
+    def outcomes(self, batch: Batch) -> Tensor:
+        """What `newton` reads: the loss of every sample, and the errors as its features, [B, 1 + m]."""
+        errors = self.errors(batch)
+        return torch.cat([errors.square().sum(1, keepdim=True), errors], 1)
+
+    def figures(self) -> dict[str, float]:
+        """Beside the held-out loss, an evaluation of pictures has no figures."""
+        return {}
+
     def tokens(self) -> int:
         """Tokens of the longest sequence that the transformer sees: patches of the largest picture, and text."""
         patch = self.model.config.patch_size

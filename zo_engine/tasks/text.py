@@ -4,19 +4,22 @@ A batch is right-padded and a model is causal, so padding stands behind everythi
 randomness is an argument: which examples a step sees is a pure function of (seed, step, stream).
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
+from functools import partial
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, pad
 from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.generation import TemperatureLogitsWarper, TopPLogitsWarper
 
 from zo_engine.tasks.diffusion import TRAINING, turns
 from zo_engine.texts import Message
-from zo_engine.tokens import IGNORED, Tokens, prompt_ids
+from zo_engine.tokens import IGNORED, Tokens, beginning_ids, prompt_ids
+
+FEATURES = 1 << 15  # of one row of a probe, at most
 
 
 @dataclass(frozen=True)
@@ -37,8 +40,8 @@ class Batch:
         return Batch(*(getattr(self, f.name).to(device) for f in fields(self)))
 
 
-def stack(examples: Sequence[Tokens], pad: int = 0) -> Batch:
-    """The examples as a batch. `pad` is any token: its mask is 0 and its label IGNORED."""
+def stack(examples: Sequence[Tokens], filler: int = 0) -> Batch:
+    """The examples as a batch. `filler` is any token: its mask is 0 and its label IGNORED."""
     longest = max(len(example.ids) for example in examples)
 
     def padded(rows: list[tuple[int, ...]], value: int) -> Tensor:
@@ -46,28 +49,72 @@ def stack(examples: Sequence[Tokens], pad: int = 0) -> Batch:
 
     ids = [example.ids for example in examples]
     mask = padded([(1,) * len(row) for row in ids], 0)
-    return Batch(padded(ids, pad), mask, padded([example.labels for example in examples], IGNORED))
+    return Batch(padded(ids, filler), mask, padded([example.labels for example in examples], IGNORED))
 
 
 def token_losses(model: nn.Module, batch: Batch) -> Tensor:
     """Mean cross-entropy of the learnt tokens, one per example [B], reduced in fp32 (fp64 stays fp64).
 
-    As the loss of transformers' causal models (`loss_utils.ForCausalLMLoss`) on each example alone. Logits are made
-    only at positions where some example learns, and widened to fp32 one example at a time: with a vocabulary of 10^5
-    they would outgrow everything else.
+    As the loss of transformers' causal models (`loss_utils.ForCausalLMLoss`) on each example alone. Logits are widened
+    to fp32 one example at a time: with a vocabulary of 10^5 they would outgrow everything else.
     """
+    return torch.stack([_mean_loss(row, label) for row, label in _predictions(model, batch)])
+
+
+def token_features(model: nn.Module, batch: Batch, most: int = FEATURES) -> Tensor:
+    """The losses of `token_losses` and then the features that `newton` works on, [B, 1 + m] in fp32 (fp64 stays fp64).
+
+    Where some token is learnt, with logits z and p = softmax(z), the cross-entropy has the Hessian diag(p) - pp' in z,
+    and the Gauss-Newton matrix of the mean over n such tokens is the mean of J' (diag(p) - pp') J (Martens,
+    arXiv:1412.1193, section 8). Square roots of p measure just that: d sqrt(p) = sqrt(p) (dz - p'dz) / 2, so that
+    |d sqrt(p)|^2 = dz' (diag(p) - pp') dz / 4. Features f = sqrt(2 p / n) thus have half that matrix as J'J.
+
+    m is the number of positions where some example of the batch learns, times the vocabulary; above `most`, each
+    position's features are added up in `most` / positions buckets with random signs (count sketch, Charikar, Chen,
+    Farach-Colton 2002): inner products, all that the method reads, stay right in expectation over the signs.
+    """
+    rows = []
+    for logits, label in _predictions(model, batch):
+        learnt = label != IGNORED
+        roots = (logits.softmax(-1) * (2 * learnt[:, None] / learnt.sum())).sqrt()  # [places, V]
+        rows.append(torch.cat([_mean_loss(logits, label)[None], sketched(roots, most // len(label)).flatten()]))
+    return torch.stack(rows)
+
+
+def sketched(values: Tensor, buckets: int) -> Tensor:
+    """[n, V] -> [n, buckets], or the values themselves where V is no more: entry i is added to bucket i % buckets, with
+    a sign that belongs to i alone. By sums of slices, in the same order on every device."""
+    buckets, size = max(1, buckets), values.shape[1]
+    if size <= buckets:
+        return values
+    signs = torch.randint(0, 2, (size,), generator=torch.Generator().manual_seed(0)).mul_(2).sub_(1)
+    signed = values * signs.to(values.device, values.dtype)
+    return pad(signed, (0, -size % buckets)).unflatten(1, (-1, buckets)).sum(1)
+
+
+def _predictions(model: nn.Module, batch: Batch) -> Iterator[tuple[Tensor, Tensor]]:
+    """Of every example (logits [n, V] in fp32 or wider, labels [n]) at the positions where some example learns: logits
+    are made for no others."""
     following = batch.labels[:, 1:]
     places = (following != IGNORED).any(0).nonzero().flatten()
     logits = model(
         input_ids=batch.tokens, attention_mask=batch.mask, use_cache=False, logits_to_keep=places
     ).logits  # [B, places, V]
     wide = torch.promote_types(logits.dtype, torch.float32)
-    return torch.stack(
-        [
-            cross_entropy(row.to(wide), label, ignore_index=IGNORED)
-            for row, label in zip(logits, following[:, places], strict=True)
-        ]
-    )
+    for row, label in zip(logits, following[:, places], strict=True):
+        yield row.to(wide), label
+
+
+def _mean_loss(logits: Tensor, label: Tensor) -> Tensor:
+    return cross_entropy(logits, label, ignore_index=IGNORED)
+
+
+@dataclass(frozen=True)
+class Question:
+    """An example with each of its choices as the answer, and the index of the right one."""
+
+    options: Sequence[Tokens]
+    right: int
 
 
 class Language:
@@ -78,11 +125,13 @@ class Language:
         model: PreTrainedModel,
         train: Sequence[Tokens],
         held_out: Sequence[Tokens],
+        questions: Sequence[Question] = (),
         *,
         seed: int,
         device: torch.device | str = "cpu",
     ):
-        self.model, self.train, self.held_out = model, list(train), list(held_out)
+        """questions: held-out examples with a choice of answers, for the accuracy."""
+        self.model, self.train, self.held_out, self.questions = model, list(train), list(held_out), list(questions)
         self.seed, self.device = seed, device
 
     def batch(self, step: int, size: int, stream: int = TRAINING) -> Batch:
@@ -96,7 +145,24 @@ class Language:
         return [stack(chosen[i : i + 64]).to(self.device) for i in range(0, len(chosen), 64)]
 
     def losses(self, batch: Batch) -> Tensor:
+        """[B]: see `token_losses`."""
         return token_losses(self.model, batch)
+
+    def outcomes(self, batch: Batch) -> Tensor:
+        """[B, 1 + m]: see `token_features`."""
+        return token_features(self.model, batch)
+
+    def figures(self) -> dict[str, float]:
+        """What an evaluation says beside the held-out loss: the share of questions answered right."""
+        if not self.questions:
+            return {}
+        found = choose(self.model, [question.options for question in self.questions])
+        right = [index == question.right for index, question in zip(found, self.questions, strict=True)]
+        return {"accuracy": sum(right) / len(right)}
+
+    def tokens(self) -> int:
+        """Tokens of the longest example."""
+        return max(len(example.ids) for example in (*self.train, *self.held_out))
 
 
 @torch.no_grad()
@@ -142,26 +208,28 @@ def answers(
     most: int = 64,
     temperature: float = 1.0,
     top_p: float = 1.0,
+    plain: bool = False,
     together: int = 16,
 ) -> list[str]:
     """What the model answers to each conversation, at most `most` tokens, by transformers' own `generate`.
 
-    Greedy without `seeds`; else sampled, with one seed a prompt: no global generator is read or written. `together`
-    bounds the prompts of one call.
+    Greedy without `seeds`; else sampled, with one seed a prompt: no global generator is read or written. `plain`: the
+    first message's text is not answered but gone on with. `together` bounds the prompts of one call.
     """
     texts = []
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    begun = (lambda prompt: beginning_ids(tokenizer, prompt[0].content)) if plain else partial(prompt_ids, tokenizer)
+    filler = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     for start in range(0, len(prompts), together):
-        ids = [prompt_ids(tokenizer, prompt) for prompt in prompts[start : start + together]]
+        ids = [begun(prompt) for prompt in prompts[start : start + together]]
         longest = max(map(len, ids))  # what the model writes must follow its prompt at once: padding goes to the left
-        tokens = torch.tensor([[pad or 0] * (longest - len(row)) + row for row in ids], device=model.device)
+        tokens = torch.tensor([[filler or 0] * (longest - len(row)) + row for row in ids], device=model.device)
         mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in ids], device=model.device)
         processors = LogitsProcessorList()
         if seeds is not None:
             processors += [TemperatureLogitsWarper(temperature), TopPLogitsWarper(top_p)]
             processors.append(GumbelNoise(seeds[start : start + together]))
         found = model.generate(
-            input_ids=tokens, attention_mask=mask, logits_processor=processors, pad_token_id=pad,
+            input_ids=tokens, attention_mask=mask, logits_processor=processors, pad_token_id=filler,
             max_new_tokens=most, do_sample=False, num_beams=1, temperature=None, top_p=None, top_k=None,
         )  # fmt: skip
         texts += tokenizer.batch_decode(found[:, longest:], skip_special_tokens=True)

@@ -1,0 +1,308 @@
+"""A recipe that trains a language model: the loss falls, resuming and replaying are exact, results load elsewhere."""
+
+import json
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from zo_engine import card
+from zo_engine import recipe as recipes
+from zo_engine import train as training
+from zo_engine.__main__ import main
+from zo_engine.apply import open_style
+from zo_engine.hub import ModelError, check, check_pipeline, is_language, language_files, wanted_files
+from zo_engine.inspection import inspect
+from zo_engine.recipe import Recipe
+from zo_engine.run import Run
+from zo_engine.style import load_style, make_method
+from zo_engine.tasks.text import choose, stack, token_features, token_losses
+
+ROWS = [{"text": f"{'fine' if i % 2 else 'dull'} {i}", "label": "good" if i % 2 else "bad"} for i in range(16)]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    return tiny.save_language_model(tmp_path_factory.mktemp("language") / "model")
+
+
+@pytest.fixture(scope="module")
+def recipe(model, tmp_path_factory) -> Recipe:
+    file = tmp_path_factory.mktemp("texts") / "remarks.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    return Recipe(
+        texts=str(file), model=str(model), steps=5, batch_size=2, directions=4, depth=0.5, length=100, holdout=0.25,
+        evaluate_every=2, evaluate_items=8, preview_every=0, answer_tokens=3, search_every=2,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def studio(recipe, tmp_path_factory) -> training.Studio:
+    return training.prepare(recipe, tmp_path_factory.mktemp("cache"))
+
+
+def go(studio, path, stop_after: int | None = None, **changes) -> Run:
+    """A whole run, or one that is asked to stop after some steps."""
+    studio = studio.changed(**changes)
+    run = Run.open(path) if path.exists() else Run.create(path, studio.recipe)
+    run.write_base(model=studio.recipe.model, code_hash=studio.code_hash)
+    stop = threading.Event()
+    report = lambda facts: stop.set() if facts["step"] == stop_after else None  # noqa: E731
+    state = training.train(run, studio, report, stop)
+    assert state == ("done" if stop_after is None else "stopped")
+    return run
+
+
+@pytest.fixture(scope="module")
+def finished(studio, tmp_path_factory) -> Run:
+    """A run that ended. Not to be written to."""
+    return go(studio, tmp_path_factory.mktemp("runs") / "run")
+
+
+def results(run: Run) -> dict:
+    tensors, scalars = training._read_checkpoint(run.last_file)
+    style = load_style(run.style_file)
+    return {
+        "journal": [record.to_json() for record in run.journal()],
+        "evaluations": run.evaluations(),
+        "state": {name: tensor.numpy().tobytes() for name, tensor in tensors.items()},
+        "scalars": scalars,
+        "previews": {p.name: p.read_text() for p in run.previews.iterdir()},
+        "style": {name: tensor.numpy().tobytes() for name, tensor in style.tensors.items()},
+        "facts": style.facts,
+    }
+
+
+# Training
+
+
+@pytest.mark.parametrize("settings", [{"steps": 6, "directions": 32}, {"steps": 40, "optimizer": "sgd"}])
+def test_the_loss_falls(studio, tmp_path, settings):
+    evaluations = go(studio, tmp_path / "run", **{"batch_size": 4, "evaluate_every": 2, **settings}).evaluations()
+    best = min(evaluations, key=lambda e: e["loss"])
+    assert best["change"] < -2 * best["change_error"] < 0
+
+
+@pytest.mark.parametrize("optimizer", ["gauss-newton", "sgd"])
+def test_resume_equals_uninterrupted_and_the_journal_replays(studio, tmp_path, optimizer):
+    whole = go(studio, tmp_path / "whole", optimizer=optimizer)
+    broken = go(studio, tmp_path / "broken", stop_after=3, optimizer=optimizer)
+    go(studio, tmp_path / "broken", optimizer=optimizer)
+    assert results(broken) == results(whole)
+    method = make_method(studio.space, whole.recipe())
+    for record in whole.journal():
+        method.apply(record)
+    assert method.theta.any() and method.theta.numpy().tobytes() == results(whole)["state"]["theta"]
+
+
+def test_the_method_sees_losses_and_features_and_chunks_change_nothing_but_rounding(studio):
+    batch = studio.task.batch(0, 4)
+    found = studio.task.outcomes(batch)
+    assert torch.equal(found, token_features(studio.model, batch))
+    torch.testing.assert_close(found[:, 0], studio.task.losses(batch))
+    alone = torch.cat([token_losses(studio.model, batch.take(torch.tensor([i]))) for i in range(4)])
+    torch.testing.assert_close(found[:, 0], alone)
+
+
+def test_examples_are_split_and_counted(studio):
+    assert (studio.examples, studio.held_out) == (12, 4)
+    train, held = ({t.ids for t in part} for part in (studio.task.train, studio.task.held_out))
+    assert len(train) == 12 and len(held) == 4 and not train & held
+
+
+def test_the_accuracy_is_that_of_the_likeliest_choice(studio, finished):
+    first, *_, last = finished.evaluations()
+    assert {len(question.options) for question in studio.task.questions} == {2} and len(studio.task.questions) == 4
+    found = choose(studio.model, [question.options for question in studio.task.questions])
+    right = [
+        training.models.load_tokenizer(studio.recipe.model).decode(question.options[question.right].ids)
+        for question in studio.task.questions
+    ]
+    assert all(("fine" in text) == ("good" in text) for text in right)
+    share = sum(i == question.right for i, question in zip(found, studio.task.questions, strict=True)) / 4
+    assert first["accuracy"] == share and 0 <= last["accuracy"] <= 1
+
+
+def test_previews_are_answers_to_prompts_of_the_held_out_texts(studio, finished):
+    first, last = (json.loads(finished.answers_file(step).read_text()) for step in (0, 5))
+    held = {t.line for t in studio.task.held_out}
+    assert {row["prompt"] for row in first["answers"]} == {ROWS[line - 1]["text"] for line in held}
+    styled = open_style(finished.path, finished.path)
+    assert [row["answer"] for row in first["answers"]] == styled.answers(styled.prompts, 0.0)
+    assert last["step"] == 5 and '"answer": ' in (finished.path / "log.txt").read_text()
+
+
+def test_previews_can_be_sampled(studio, tmp_path):
+    run = go(studio, tmp_path / "run", steps=1, temperature=1.5)
+    cold, warm = go(studio, tmp_path / "cold", steps=1), json.loads(run.answers_file(0).read_text())
+    assert warm != json.loads(cold.answers_file(0).read_text())
+    assert warm == json.loads(go(studio, tmp_path / "again", steps=1, temperature=1.5).answers_file(0).read_text())
+
+
+def test_plain_texts_are_gone_on_with(recipe, tmp_path):
+    file = tmp_path / "story.txt"
+    file.write_text("\n\n".join(f"once there was a cup number {i}" for i in range(9)))
+    mine = Recipe(**{**recipe.__dict__, "texts": str(file)})
+    made = training.prepare(mine, tmp_path)
+    assert made.preview.plain and made.preview.prompts[0][0].content == "once there"
+    assert made.task.figures() == {}
+    run = go(made, tmp_path / "run", steps=1)
+    tokenizer = training.models.load_tokenizer(recipe.model)
+    begun = tokenizer("once there", return_tensors="pt")["input_ids"]
+    found = made.model.generate(begun, max_new_tokens=3, do_sample=False)[0, begun.shape[1] :]
+    answer = json.loads(run.answers_file(0).read_text())["answers"][0]["answer"]
+    assert answer == tokenizer.decode(found, skip_special_tokens=True)
+
+
+# The result
+
+
+def test_both_forms_of_a_style_give_the_same_theta_and_name_no_folder(studio, finished, tmp_path):
+    theta, journal = (open_style(p, tmp_path).theta for p in (finished.style_file, finished.journal_style_file))
+    assert torch.equal(theta, journal) and theta.abs().max() > 0
+    style = load_style(finished.style_file)
+    assert style.facts["texts"] == "12" and "pictures" not in style.facts and "size" not in style.facts
+    assert str(Path(studio.recipe.texts).parent) not in finished.style_file.read_bytes().decode("latin-1")
+
+
+def test_an_exported_folder_loads_in_stock_transformers_with_equal_logits(studio, finished, tmp_path):
+    styled = open_style(finished.path, tmp_path)
+    folder = styled.export(tmp_path / "exported")
+    check(folder)
+    batch = stack(studio.task.held_out)
+    given = {"input_ids": batch.tokens, "attention_mask": batch.mask}
+    stock = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    for layer in training.models.quantized_layers(stock).values():
+        layer.support_avx512bf16_for_cpu = False  # that kernel computes in bf16, whatever dtype was asked for
+    with torch.no_grad(), styled.at(1.0):
+        ours = styled.model(**given).logits
+    with torch.no_grad():
+        assert torch.equal(stock(**given).logits, ours)
+        assert not torch.equal(styled.model(**given).logits, ours)
+    text = (folder / "README.md").read_text()
+    assert "trained on 12 texts" in text and "pipeline_tag: text-generation" in text
+    exec(card.language_snippet(folder, card.read(finished.style_file)), {})  # what it tells people to do works  # noqa: S102
+    exec(card.style_snippet(finished.style_file, card.read(finished.style_file)), {})  # noqa: S102
+    assert AutoTokenizer.from_pretrained(folder).chat_template == tiny.CHATML
+    with pytest.raises(ModelError, match="exists already"):
+        styled.export(folder)
+
+
+# The command line
+
+
+@pytest.fixture
+def qzo(monkeypatch, capsys, tmp_path):
+    """qzo(*words) -> (exit code, stdout, stderr)."""
+
+    def call(*words):
+        monkeypatch.setattr(sys, "argv", ["qzo", "--runs-dir", str(tmp_path / "runs"), *map(str, words)])
+        try:
+            main()
+            code = 0
+        except SystemExit as stop:
+            code = stop.code or 0
+        out, err = capsys.readouterr()
+        assert "Traceback" not in out + err
+        return code, out, err
+
+    return call
+
+
+def test_from_a_recipe_to_an_exported_model(qzo, recipe, tmp_path):
+    file = tmp_path / "remarks" / "recipe.toml"
+    file.parent.mkdir()
+    (file.parent / "mine.jsonl").write_text(Path(recipe.texts).read_text())
+    file.write_text(recipes.dump(recipe).replace(recipe.texts, "mine.jsonl"))
+    run = tmp_path / "runs" / "remarks"
+    code, out, err = qzo("train", file, "--steps", 2)
+    assert code == 0 and "accuracy" in out and "training" in err and "on 12 texts" in err
+    assert qzo("resume", run)[0] == 0
+    facts = json.loads(qzo("inspect", run, "--json")[1])
+    assert facts["texts"] == str(file.parent / "mine.jsonl") and "accuracy" in facts and "images" not in facts
+    code, out, _ = qzo("compare", run, "--prompt", "fine 1", "--json")
+    (row,) = json.loads(out)
+    assert row["prompt"] == "fine 1" and set(row) == {"prompt", "before", "after"}
+    assert qzo("compare", run)[1].count("before") == 4
+    for source in (run, run / "style-journal.safetensors"):
+        code, out, _ = qzo("apply", source, "fine 1", "--json")
+        assert code == 0 and json.loads(out)[0]["answer"] == row["after"]
+    assert json.loads(qzo("preview", run, "--prompt", "fine 1", "--json")[1])[0]["answer"] == row["after"]
+    assert qzo("export", run, tmp_path / "exported")[0] == 0
+    facts = json.loads(qzo("inspect", tmp_path / "exported", "--json")[1])
+    assert (facts["class"], facts["quantization"], facts["problem"]) == ("LlamaForCausalLM", "nf4", None)
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["--images", "pictures"], "a recipe teaches pictures or texts, not both"),
+        (["--texts", "nowhere.jsonl"], "there is no file at 'nowhere.jsonl'"),
+        (["--model", "tiny-sd3"], "tiny-sd3 draws pictures and learns no texts"),
+        (["--text-columns", "label"], "text_columns must look like field=column"),
+        (["--text-columns", "label=stars"], "has no column 'stars'; its columns are 'text', 'label'"),
+        (["--length", "20"], "tokens before its answer, and the limit is 20"),
+        (["--texts", "", "--images", "pictures"], "there is no folder of pictures at 'pictures'"),
+    ],
+)
+def test_impossible_settings_are_one_sentence(qzo, recipe, tmp_path, words, sentence):
+    file = tmp_path / "recipe.toml"
+    file.write_text(recipes.dump(recipe))
+    code, out, err = qzo("train", file, *words, "--out", tmp_path / "run")
+    assert code == 2 and sentence in err and err.count("\n") == 1 and not out
+    assert not (tmp_path / "run").exists()
+
+
+def test_bad_rows_stop_a_run_or_are_skipped_and_said(recipe, tmp_path):
+    file = tmp_path / "bad.jsonl"
+    file.write_text(Path(recipe.texts).read_text() + '{"text": "no label"}\n')
+    mine = Recipe(**{**recipe.__dict__, "texts": str(file)})
+    with pytest.raises(ValueError, match="1 of 17 rows cannot be used: line 17 has no 'label'"):
+        training.prepare(mine, tmp_path)
+    found = training.prepare(Recipe(**{**mine.__dict__, "skip_bad": True, "length": 512}), tmp_path)
+    assert found.examples + found.held_out == 16
+    assert any("1 rows are left out: line 17 has no 'label'" in note for note in found.notes)
+    assert any("the model reads 128 tokens at most" in note for note in found.notes)
+
+
+# The model's folder
+
+
+def test_a_language_folder_is_checked_by_its_headers(model, tmp_path, tiny_folder):
+    import shutil
+
+    check(model)
+    with pytest.raises(ModelError, match="is a language model: it draws nothing"):
+        check_pipeline(model)
+    assert is_language(model) and not is_language(tiny_folder) and not is_language(tiny_folder / "text_encoder_3")
+    assert inspect(model)["kind"] == "model" and inspect(model)["problem"] is None
+    for name, sentence in (
+        ("tokenizer.json", "has no tokenizer"),
+        ("model.safetensors", "has no weights"),
+    ):
+        folder = tmp_path / name
+        shutil.copytree(model, folder)
+        for file in (folder / name, *(folder.glob("tokenizer*") if "tokenizer" in name else ())):
+            file.unlink(missing_ok=True)
+        with pytest.raises(ModelError, match=sentence):
+            check(folder)
+    (folder / "pytorch_model.bin").write_bytes(b"")
+    with pytest.raises(ModelError, match="a pickle, which can run code and is never loaded"):
+        check(folder)
+    (folder / "model.safetensors").write_bytes((model / "model.safetensors").read_bytes()[:1000])
+    with pytest.raises(ModelError, match="is not a complete safetensors file"):
+        check(folder)
+
+
+def test_of_a_language_repository_no_pickle_and_no_code_is_fetched():
+    ours = ["config.json", "generation_config.json", "LICENSE", "tokenizer.json", "tokenizer_config.json",
+            "chat_template.jinja", "model-00001-of-00002.safetensors", "model.safetensors.index.json"]  # fmt: skip
+    others = ["pytorch_model.bin", "modeling_own.py", "README.md", "model.fp16.safetensors", "onnx/model.onnx",
+              "original/consolidated.00.pth"]  # fmt: skip
+    assert wanted_files([*ours, *others]) == language_files([*ours, *others]) == sorted(ours)
+    with pytest.raises(ModelError, match="no safetensors weights"):
+        wanted_files(["config.json", "tokenizer.json", "pytorch_model.bin"])
