@@ -88,7 +88,8 @@ class Drafts:
             dataset.scan(images)
         draft = Draft(new_name(self.root, wish))
         draft.own_images.mkdir(parents=True)
-        draft.write(recipes.Recipe(images=images or str(draft.own_images), trigger=draft.path.name))
+        settings = recipes.Recipe(images=images or str(draft.own_images), trigger=draft.path.name)
+        draft.write(dataclasses.replace(settings, preview_every=pictures_every(settings.steps)))
         return draft
 
     def again(self, recipe: recipes.Recipe) -> "Draft":
@@ -155,13 +156,9 @@ class Draft:
         file = hashlib.sha1(f"{name} {stat.st_mtime_ns} {stat.st_size}".encode()).hexdigest()[:20] + ".webp"
         path = self.thumbs / file
         if not path.exists():
-            small = dataset.open_picture(picture.path)
-            small.thumbnail((THUMB, THUMB))
-            buffer = io.BytesIO()
-            small.save(buffer, "WEBP", quality=78)
-            write_atomic(path, buffer.getvalue())
-        with Image.open(path) as small:
-            grey = small.convert("L").resize((17, 16), Image.Resampling.BOX).tobytes()
+            write_atomic(path, small(picture.path))
+        with Image.open(path) as copy:
+            grey = copy.convert("L").resize((17, 16), Image.Resampling.BOX).tobytes()
         bits = [grey[i] > grey[i + 1] for row in range(16) for i in range(row * 17, row * 17 + 16)]
         return file, sum(1 << i for i, bit in enumerate(bits) if bit)
 
@@ -294,6 +291,14 @@ def _mark(folder: Path) -> tuple:
     return (str(folder), *sorted((name, s.st_mtime_ns, s.st_size) for name, s in stats))
 
 
+def small(picture: Path, side: int = THUMB) -> bytes:
+    """A small copy for the page, as WebP."""
+    copy, buffer = dataset.open_picture(picture), io.BytesIO()
+    copy.thumbnail((side, side))
+    copy.save(buffer, "WEBP", quality=72)
+    return buffer.getvalue()
+
+
 def _twins(bits: dict[str, int]) -> list[tuple[str, str]]:
     names = list(bits)
     pairs = ((a, b) for i, a in enumerate(names) for b in names[i + 1 :])
@@ -322,6 +327,11 @@ def _renamed(name: PurePosixPath, stem: PurePosixPath, number: int) -> PurePosix
 
 def _differs(path: Path, content: bytes) -> bool:
     return path.exists() and path.suffix.lower() in dataset.PICTURES and path.read_bytes() != content
+
+
+def pictures_every(steps: int) -> int:
+    """Steps between previews for a run of so many: four of equal distance, the last one at the end."""
+    return max(1, steps // 4)
 
 
 def title(name: str) -> str:

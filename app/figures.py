@@ -4,9 +4,7 @@ Every name, caption and message is escaped here, where HTML is made. Text in cha
 keeps its size on a phone.
 """
 
-import base64
 import functools
-import io
 import math
 from html import escape
 from pathlib import Path
@@ -16,14 +14,16 @@ from app import media
 from app.drafts import EXAMPLES, Contents, Draft, title
 from app.jobs import Standing
 from app.series import Curve, Series
-from zo_engine.dataset import fill_trigger, open_picture
+from zo_engine.dataset import fill_trigger
 from zo_engine.run import Run
 
 WORDS = {
     "waiting": "waiting", "preparing": "getting ready", "running": "training", "silent": "not answering",
     "stopping": "saving", "done": "done", "stopped": "stopped", "failed": "failed", "interrupted": "interrupted",
 }  # fmt: skip
-FIRST_STEPS = 30  # during which the time in all is reckoned from the first step
+FIRST_STEPS = 3  # during which it is news that the first one worked
+FEW = 4  # steps that a chart has room for at least
+MARKED = 60  # points of a curve, up to which each is marked and says its value
 SHOWN_PROMPTS, SHOTS = 8, 4  # prompts before the fold; steps of each: the first, the last, and between
 
 
@@ -39,24 +39,19 @@ def header(machine: str) -> str:
 
 @functools.cache
 def examples() -> str:
-    """The bundled sets as buttons, six small pictures each within the page: no waiting for the first look."""
+    """The bundled sets as buttons, with six small pictures each."""
     cards = []
     for name, folder in EXAMPLES.items():
         pictures = sorted((folder / "images").glob("*.jpg"))
-        strip = "".join(f'<img src="{_inline(p)}" alt="">' for p in pictures[:6])
+        strip = "".join(
+            f'<img loading="lazy" src="{media.url("example", name, f"{p.stem}.webp")}" alt="">' for p in pictures[:6]
+        )
         cards.append(
             f'<button type="button" class="qzo-example" data-example="{escape(name)}">'
             f'<span class="strip">{strip}</span><span class="what"><b>{escape(title(name))}</b>'
             f'<span>{len(pictures)} pictures, captioned</span></span><span class="go">Use this set</span></button>'
         )
     return f'<div class="qzo-examples">{"".join(cards)}</div>'
-
-
-def _inline(picture: Path) -> str:
-    small, buffer = open_picture(picture), io.BytesIO()
-    small.thumbnail((220, 220))
-    small.save(buffer, "WEBP", quality=80)
-    return "data:image/webp;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
 # Pictures and captions
@@ -114,11 +109,14 @@ def card(standing: Standing, run: Run, steps: int) -> str:
     status = standing.status
     done = int(status.get("step", 0))
     steps = int(status.get("steps", steps) or 1)
-    share = 100 * done / steps
+    part = status.get("part", 0.0) if standing.live else 0.0
+    share = 100 * (done + part) / steps
+    within = f", {100 * part:.0f} % of the next one" if part else ""
     facts = []
     if standing.state == "running" and "remaining" in status:
         facts.append(("time left", duration(status["remaining"])))
         facts.append(("a step takes", duration(status["seconds_per_step"], fine=True)))
+    if standing.state == "running" and "memory" in status:  # known from the first whole step on
         facts.append(("memory", f"{status['memory'] / 1e9:.1f} GB"))
     if status.get("held_out") is not None:
         facts.append(("held-out loss", f"{status['held_out']:.4f}"))
@@ -128,19 +126,30 @@ def card(standing: Standing, run: Run, steps: int) -> str:
         facts.append(("skipped steps", f"{status['skipped']}"))
     rows = "".join(f"<div><dt>{escape(k)}</dt><dd>{escape(v)}</dd></div>" for k, v in facts)
     says = standing.message
-    if standing.state == "running" and "one_step" in status and done <= FIRST_STEPS:
-        took = status["one_step"]
-        says = f"The first step works and took {duration(took, fine=True)}: about {duration(took * steps)} in all."
+    if standing.state == "running" and not says:
+        says = now(status)
     message = f'<p class="message">{escape(says)}</p>' if says else ""
-    busy = " busy" if standing.live else ""
     return f"""
 <section class="qzo-card qzo-run" aria-label="Run {escape(standing.name)}">
   <div class="line"><h3>{escape(title(standing.name))}</h3>{pill(standing.state)}</div>
-  <div class="bar{busy}" role="progressbar" aria-valuemin="0" aria-valuemax="{steps}" aria-valuenow="{done}"
+  <div class="bar" role="progressbar" aria-valuemin="0" aria-valuemax="{steps}" aria-valuenow="{done}"
        aria-label="Steps done"><i style="width:{share:.2f}%"></i></div>
-  <div class="line count"><span>step <b>{done:,}</b> of {steps:,}</span><span>{share:.0f} %</span></div>
+  <div class="line count"><span>step <b>{done:,}</b> of {steps:,}{within}</span><span>{share:.0f} %</span></div>
   {message}<dl>{rows}</dl>
 </section>"""
+
+
+def now(status: dict[str, Any]) -> str:
+    """What a run that trains is at, while that is news."""
+    if status["step"] == status["steps"]:
+        return "Drawing the last pictures, and saving the style."
+    if "remaining" not in status:
+        return "Taking up the run." if status["step"] else "Measuring the start, and drawing the first pictures."
+    if not status["step"]:
+        return "The first step is under way; it shows how long the rest will take."
+    if "one_step" in status and status["step"] <= FIRST_STEPS:
+        return f"The first step works, and took {duration(status['one_step'], fine=True)}."
+    return ""
 
 
 def pill(state: str) -> str:
@@ -151,13 +160,32 @@ def charts(series: Series, pictured: list[int]) -> str:
     """Held-out loss with its verdict, and the training loss; a mark for every step in `pictured`."""
     kind, verdict = series.verdict()
     held, (raw, smooth), best = series.held_out(), series.training(), series.best()
-    mark = (best["step"], best["loss"]) if best else None
+    mark = (best["step"], best["loss"]) if best and best["step"] else None
     start = held.y[0] if held.y else None
-    first = chart("Held-out loss", [("line", held)], mark=mark, level=start, pictured=pictured,
-                  note=f'<p class="qzo-verdict {kind}">{escape(verdict)}</p>')  # fmt: skip
-    help = '<p class="qzo-verdict">Noisy by nature: every step sees other pictures at other noise levels.</p>'
-    second = chart("Training loss", [("raw", raw), ("line", smooth)], pictured=pictured, note=help)
+    first = chart("Held-out loss", [("line", held)], mark=mark, level=start, pictured=pictured, note=verdict, kind=kind)
+    second = chart("Training loss", [("raw", raw), ("line", smooth)], pictured=pictured,
+                   note="Noisy by nature: every step sees other pictures at other noise levels.")  # fmt: skip
     return f'<div class="qzo-charts">{first}{second}</div>'
+
+
+def method(series: Series) -> str:
+    """What every step did: its gain and its size; of methods that go by slopes, those."""
+    slopes, clip = series.slopes()
+    if slopes.x:
+        parts = [
+            chart("Slope of the loss", [("line", slopes), ("level", clip)],
+                  note="Along the random directions of a step, on average; dashed: the clip that bounds it."),
+            chart("Step size", [("line", series.step_sizes())],
+                  note="How far a slope of one moves a scale. 0: the step was left out."),
+        ]  # fmt: skip
+    else:
+        parts = [
+            chart("Gain of a step", [("line", series.gains())], unit=" %", note="By how much it lowers the loss of "
+                  "pictures that it was not made from. 0: nothing that was tried helped them, and the model stayed."),
+            chart("Size of a step", [("line", series.sizes())], unit=" %",
+                  note="How far it moves a typical scale of the model. Steps get smaller as there is less to gain."),
+        ]  # fmt: skip
+    return f'<div class="qzo-charts">{"".join(parts)}</div>'
 
 
 def chart(
@@ -167,36 +195,53 @@ def chart(
     mark: tuple[float, float] | None = None,
     level: float | None = None,
     pictured: list[int] = (),
+    unit: str = "",
     note: str = "",
+    kind: str = "",
 ) -> str:
-    """One chart: `mark` is a point that stands out, `level` a dashed height, `pictured` are steps with pictures."""
+    """One chart: `mark` is a point that stands out, `level` a dashed height, `pictured` are steps with pictures,
+    `note` is the sentence below it, good, flat or bad."""
+    note = f'<p class="qzo-verdict {kind}">{escape(note)}</p>'
+    value = lambda y: f"{y:.1f}{unit}" if unit else f"{y:.4f}"  # noqa: E731
     xs = [x for _, c in curves for x in c.x]
     ys = [y for _, c in curves for y in (*c.y, *c.low, *c.high) if math.isfinite(y)]
-    last = curves[-1][1].y[-1] if curves[-1][1].y else None
-    head = f'<div class="line"><h3>{escape(name)}</h3><b>{"" if last is None else f"{last:.4f}"}</b></div>'
+    main = next(c for look, c in curves if look == "line")
+    last = main.y[-1] if main.y else None
+    head = f'<div class="line"><h3>{escape(name)}</h3><b>{"" if last is None else value(last)}</b></div>'
     if not ys:
         empty = '<div class="plot"><p class="qzo-empty">The first figures come with the first steps.</p></div>'
         return f'<section class="qzo-card qzo-chart">{head}{empty}</section>'
-    left, right = min(xs), max(xs)
+    first, final = min(xs), max(xs)
+    reach = max(final, first + FEW) - first
+    left, right = first - 0.03 * reach, first + 1.03 * reach  # no point lies on an edge
     low, high = min(ys), max(ys)
     pad = (high - low) * 0.08 or abs(high) * 0.01 or 1
     low, high = low - pad, high + pad
-    across = lambda x: 1000 * (x - left) / ((right - left) or 1)  # noqa: E731
+    across = lambda x: 1000 * (x - left) / (right - left)  # noqa: E731
     down = lambda y: 300 * (high - y) / (high - low)  # noqa: E731
     path = lambda points: "M" + "L".join(f"{across(x):.1f} {down(y):.1f}" for x, y in points)  # noqa: E731
-    body = ""
-    for kind, c in curves:
+    body, marked = "", len(curves[0][1].x) <= MARKED
+    for look, c in curves:
         if c.low and len(c.x) > 1:
             edge = [*zip(c.x, c.high, strict=True), *reversed(list(zip(c.x, c.low, strict=True)))]
             body += f'<path class="band" d="{path(edge)}Z"/>'
-        body += f'<path class="{kind}" d="{path(list(zip(c.x, c.y, strict=True)))}"/>'
+        if not (marked and look == "raw"):
+            body += f'<path class="{look}" d="{path(list(zip(c.x, c.y, strict=True)))}"/>'
     if level is not None:
         body += f'<path class="level" d="M0 {down(level):.1f}H1000"/>'
     dots = ""
+    if marked:
+        look, c = curves[0]
+        dots += "".join(
+            f'<i class="point {look}" style="left:{across(x) / 10:.2f}%;top:{down(y) / 3:.2f}%" '
+            f'title="step {x:.0f}: {value(y)}"></i>'
+            for x, y in zip(c.x, c.y, strict=True)
+            if math.isfinite(y)
+        )
     if mark:
         dots += (
             f'<i class="dot" style="left:{across(mark[0]) / 10:.2f}%;top:{down(mark[1]) / 3:.2f}%" '
-            f'title="best: {mark[1]:.4f} at step {mark[0]}"></i>'
+            f'title="best: {value(mark[1])} at step {mark[0]}"></i>'
         )
     dots += "".join(
         f'<i class="shot" style="left:{across(step) / 10:.2f}%" title="pictures of step {step}"></i>'
@@ -204,20 +249,24 @@ def chart(
         if left <= step <= right
     )
     grid = "".join(f'<path class="grid" d="M0 {y}H1000"/>' for y in (0, 150, 300))
-    ticks = "".join(f"<span>{y:.3f}</span>" for y in (high, (low + high) / 2, low))
-    says = f"{name}: {curves[-1][1].y[0]:.4f} at step {left:.0f}, {last:.4f} at step {right:.0f}"
+    heights = (high, (low + high) / 2, low)
+    ticks = "".join(f"<span>{y:.1f}{unit}</span>" if unit else f"<span>{y:.3f}</span>" for y in heights)
+    says = f"{name}: {value(main.y[0])} at step {first:.0f}, {value(last)} at step {final:.0f}"
     return f"""
 <section class="qzo-card qzo-chart">{head}
   <div class="plot"><div class="ticks" aria-hidden="true">{ticks}</div>
     <div class="area" data-left="{left:g}" data-right="{right:g}">
     <svg viewBox="0 0 1000 300" preserveAspectRatio="none" role="img" aria-label="{escape(says)}">{grid}{body}</svg>
     {dots}</div></div>
-  <div class="line steps" aria-hidden="true"><span>step {left:.0f}</span><span>step {right:.0f}</span></div>{note}
+  <div class="line steps" aria-hidden="true"><span>step {first:.0f}</span><span>step {first + reach:.0f}</span></div>
+  {note}
 </section>"""
 
 
-def previews(run: Run, name: str, prompts: list[str], step: int | None = None) -> str:
-    """Every prompt with its pictures by step, the untrained model first; with `step`, that one beside it alone."""
+def previews(run: Run, name: str, prompts: list[str], step: int | None = None, coming: int | None = None) -> str:
+    """Every prompt with its pictures by step, the untrained model first; with `step`, that one beside it alone.
+
+    `coming` is the step that will be drawn next, for which a place is kept while there is nothing to compare."""
     folders = sorted(f for f in run.previews.glob("*/") if f.name.isdigit()) if run.previews.is_dir() else []
     if not folders:
         return '<p class="qzo-empty">The first previews show what the model draws before it learns anything.</p>'
@@ -239,8 +288,11 @@ def previews(run: Run, name: str, prompts: list[str], step: int | None = None) -
                     f'<span class="shot"><img loading="lazy" src="{place}" alt="{escape(prompt)}, {at}">'
                     f"<em>{at}</em></span>"
                 )
+        if len(kept) == 1 and coming:
+            shots.append(f'<span class="shot coming"><i></i><em>step {coming:,}</em></span>')
         cards.append(
-            f'<figure><figcaption>{escape(prompt)}</figcaption><div class="shots{pair}">{"".join(shots)}</div></figure>'
+            f'<figure><figcaption>{escape(prompt)}</figcaption><div class="shots{pair}" '
+            f'style="--shots:{max(2, len(shots))}">{"".join(shots)}</div></figure>'
         )
     grid = f'<div class="qzo-previews">{"".join(cards[:SHOWN_PROMPTS])}</div>'
     if len(cards) > SHOWN_PROMPTS:
@@ -261,7 +313,8 @@ def runs(rows: list[tuple[Standing, Run, str, str]], current: str) -> str:
         if sheets:
             place = media.url("run", standing.name, sheets[-1].relative_to(run.path).as_posix())
             picture = f'<img loading="lazy" alt="" src="{place}">'
-        step = f"step {standing.status.get('step', 0):,} of {standing.status.get('steps', 0):,}"
+        status = standing.status
+        step = f"step {status['step']:,} of {status['steps']:,}" if "steps" in status else "not begun yet"
         here = ' aria-current="true"' if standing.name == current else ""
         cards.append(
             f'<a class="qzo-card qzo-past" href="?run={escape(standing.name)}"{here}>{picture}<span class="text">'
@@ -277,11 +330,12 @@ def runs(rows: list[tuple[Standing, Run, str, str]], current: str) -> str:
 def model(entry: dict[str, Any]) -> str:
     """One model: what it is, what it needs, and whether it will work here."""
     kind, verdict = entry["verdict"]
+    about = entry["notes"][:1].upper() + entry["notes"][1:]
     rows = "".join(f"<div><dt>{escape(k)}</dt><dd>{escape(v)}</dd></div>" for k, v in entry["facts"])
     chosen = '<span class="qzo-pill running">chosen</span>' if entry["chosen"] else ""
     return (
         f'<section class="qzo-card qzo-model{" chosen" if entry["chosen"] else ""}"><div class="line">'
-        f"<h3>{escape(entry['title'])}</h3>{chosen}</div><p>{escape(entry['notes'])}</p><dl>{rows}</dl>"
+        f"<h3>{escape(entry['title'])}</h3>{chosen}</div><p>{escape(about)}</p><dl>{rows}</dl>"
         f'<p class="qzo-verdict {kind}">{escape(verdict)}</p></section>'
     )
 
@@ -317,7 +371,7 @@ def download(done: int, total: int) -> str:
     share = min(100.0, 100 * done / total)
     return (
         f'<section class="qzo-card qzo-run" aria-label="Download"><div class="line count"><span><b>{size(done)}</b> of '
-        f'{size(total)}</span><span>{share:.0f} %</span></div><div class="bar busy" role="progressbar" '
+        f'{size(total)}</span><span>{share:.0f} %</span></div><div class="bar" role="progressbar" '
         f'aria-valuemin="0" aria-valuemax="100" aria-valuenow="{share:.0f}" aria-label="Downloaded">'
         f'<i style="width:{share:.1f}%"></i></div><p>It goes on when this page is closed.</p></section>'
     )

@@ -16,11 +16,11 @@ def label(name: str) -> str:
 
 
 def component(name: str, **looks: Any) -> gr.components.Component:
-    """The form field of a setting."""
+    """The form field of a setting, closed until it is filled: what is typed before would be lost."""
     field = FIELDS[name]
     meta, default = field.metadata, field.default
     help = meta["help"][:1].upper() + meta["help"][1:]
-    looks = {"label": label(name), "info": help, "interactive": True} | looks
+    looks = {"label": label(name), "info": help, "interactive": False} | looks
     if meta["choices"]:
         return gr.Dropdown(list(meta["choices"]), value=default, **looks)
     if field.type is bool:

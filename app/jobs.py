@@ -31,7 +31,7 @@ from zo_engine import recipe as recipes
 from zo_engine.hub import CHECKOUT
 from zo_engine.run import Run, RunError, new_name, write_atomic
 
-PATIENCE = 120  # seconds that a process gets to finish its step and save, before it is ended
+PATIENCE = 120  # seconds that a process gets to leave its step and save, before it is ended
 PATIENCE_TO_END = 20  # seconds that a process gets to end once it has saved
 SILENCE = 3.0  # seconds without a heartbeat, after which a process is said to be silent
 LIVE = ("waiting", "preparing", "running", "silent", "stopping")
@@ -93,7 +93,7 @@ class Job:
         return self.process() is not None
 
     def stop(self) -> None:
-        """Ask the process to finish its step and save; `settle` ends it if it does not."""
+        """Ask the process to leave its step and save; `settle` ends it if it does not."""
         if process := self.process():
             write_atomic(self.file, json.dumps(self.record() | {"stop": time.time()}))
             with suppress(psutil.NoSuchProcess):
@@ -197,7 +197,7 @@ class Jobs:
         self.job(name).start("resume", str(self.runs / name))
 
     def stop(self, name: str) -> None:
-        """Ask a run to finish its step and save."""
+        """Ask a run to leave its step and save."""
         self.run(name)  # refuses what is no run
         job, standing = self.job(name), self.look(name)
         if not standing.live:
@@ -270,7 +270,12 @@ class Jobs:
     def _state(self, job: Job, record: dict, alive: bool, status: dict, fresh: bool) -> tuple[str, str]:
         last = (job.log(1) or [""])[0]
         if alive and record.get("stop") and not (fresh and status["state"] != "running"):
-            return "stopping", "finishing the step and saving"
+            if not fresh:
+                return "stopping", "Ending before its first step."
+            return "stopping", (
+                "Leaving the step that is under way, and saving what the steps before it made. "
+                "Resume will begin that step again."
+            )
         if alive and not fresh:
             return ("waiting", WAITING) if last == WAITING else ("preparing", last)
         if record and not alive and not fresh:
@@ -286,6 +291,8 @@ class Jobs:
                 f"has not answered for {silent:.0f} s; the machine is overloaded, or the process hangs. "
                 "Stopping it loses the step in progress at most."
             )
+        if status["state"] == "stopped":
+            return "stopped", f"Everything up to step {status['step']:,} is kept, and Resume goes on from there."
         return status["state"], status.get("reason", "")
 
     def _why_not_resume(self, run: Run, state: str) -> str:

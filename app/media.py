@@ -1,19 +1,21 @@
 """The files that a browser may see, and nothing else: a table of what exists, asked by name.
 
 /media/draft/<draft>/<thumb>       small copies of a draft's pictures
+/media/example/<set>/<name>.webp   small copies of the pictures of a bundled set
 /media/run/<run>/<file>            previews, comparisons, plot, recipe and styles of a run
 
 No path of a request is ever joined before its parts were found in a listing or fit a pattern without separators.
 """
 
+import functools
 import re
 from pathlib import Path
 from urllib.parse import quote
 
-from starlette.responses import FileResponse, PlainTextResponse
+from starlette.responses import FileResponse, PlainTextResponse, Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from app.drafts import Drafts
+from app.drafts import EXAMPLES, Drafts, small
 from app.jobs import Jobs
 
 SHOWN = re.compile(r"previews/\d{6}(/\d{2,3})?\.png|plots/loss\.png|compare/[0-9a-f]{16}-\d{3}\.png")
@@ -26,6 +28,12 @@ def url(kind: str, name: str, file: str, version: object = "") -> str:
     return f"media/{kind}/{quote(name, safe='')}/{quote(file)}{mark}"
 
 
+@functools.cache
+def thumbnail(picture: Path) -> bytes:
+    """The small copy of a bundled picture, made once."""
+    return small(picture, 200)
+
+
 class Media:
     """ASGI middleware that answers /media/ and hands everything else on."""
 
@@ -35,12 +43,22 @@ class Media:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or not scope["path"].startswith("/media/"):
             return await self.app(scope, receive, send)
-        found = self.find(*scope["path"].removeprefix("/media/").split("/", 2))
+        asked = scope["path"].removeprefix("/media/").split("/", 2)
+        headers = {"Cache-Control": "private, max-age=3600"}
+        if picture := self.example(*asked):
+            return await Response(thumbnail(picture), headers=headers, media_type="image/webp")(scope, receive, send)
+        found = self.find(*asked)
         if found is None:
             return await PlainTextResponse("there is no such file", 404)(scope, receive, send)
         path, download = found
-        headers = {"Cache-Control": "private, max-age=3600" if not download else "no-store"}
+        headers = headers if not download else {"Cache-Control": "no-store"}
         await FileResponse(path, headers=headers, filename=download or None)(scope, receive, send)
+
+    def example(self, kind: str = "", name: str = "", file: str = "") -> Path | None:
+        """The picture of a bundled set, or None."""
+        if kind != "example" or name not in EXAMPLES:
+            return None
+        return next((p for p in (EXAMPLES[name] / "images").glob("*.jpg") if f"{p.stem}.webp" == file), None)
 
     def find(self, kind: str = "", name: str = "", file: str = "") -> tuple[Path, str] | None:
         """(path, name to save it under or ""), or None for whatever may not be seen."""

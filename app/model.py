@@ -158,8 +158,10 @@ class Models:
                 verdict = ("bad", f"Will not work here: {entry['why']}.")
             elif there is False and not token and known.repo.startswith("stabilityai/"):
                 verdict = ("flat", ACCESS.format(repo=known.repo))
-            elif entry["device"] == "cpu" and known.name != "tiny-sd3":
-                verdict = ("flat", f"Will work here, on the processor: {entry['why']}.")
+            elif entry["device"] == "cpu":
+                small = known.name == "tiny-sd3"
+                verdict = ("good", "Will work here, on the processor.") if small else (
+                    "flat", f"Will work here, on the processor: {entry['why']}.")  # fmt: skip
             else:
                 verdict = ("good", f"Will work here, on {entry['device']}: {entry['why']}.")
             facts = [

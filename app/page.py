@@ -8,6 +8,7 @@ os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
 import gradio as gr  # noqa: E402
 from starlette.middleware import Middleware  # noqa: E402
+from starlette.middleware.gzip import GZipMiddleware  # noqa: E402
 
 from app import figures  # noqa: E402
 from app.data import Pictures  # noqa: E402
@@ -51,10 +52,8 @@ def build(runs: Path) -> gr.Blocks:
             jobs, asked = place.jobs, request.query_params.get("run", "")
             names = jobs.names()
             current = asked if asked in names else next(iter(jobs.live()), "") or next(iter(names), "")
-            if asked in names:
-                shown = "train"
-            else:
-                shown = request.query_params.get("tab") or ("train" if jobs.live() else "pictures")
+            usual = "train" if asked in names or jobs.live() else "pictures"
+            shown = request.query_params.get("tab") or usual
             drafts = place.drafts.names()
             return [(drafts or [""])[0], current, gr.Tabs(selected=shown), figures.header(place.device())]
 
@@ -91,6 +90,27 @@ def theme() -> gr.Theme:
         block_label_text_color_dark="#eef0f8",
         block_info_text_color="#5a6275",
         block_info_text_color_dark="#a5aec2",
+        input_background_fill_dark="#0f1422",
+        input_background_fill_focus_dark="#0f1422",
+        input_placeholder_color="#6b7285",
+        input_placeholder_color_dark="#8a93ab",
+        checkbox_background_color_dark="#0f1422",
+        checkbox_label_background_fill_dark="#1a2032",
+        checkbox_label_background_fill_hover_dark="#232b42",
+        button_secondary_background_fill_dark="#1f273c",
+        button_secondary_background_fill_hover_dark="#2a3450",
+        button_secondary_border_color_dark="#333b54",
+        input_border_width="1px",
+        input_border_color="#d9dce8",
+        input_border_color_dark="#333b54",
+        input_shadow="none",
+        input_shadow_dark="none",
+        checkbox_border_color="#a9afc2",
+        checkbox_border_color_dark="#5a6482",
+        checkbox_label_border_width="1px",
+        checkbox_label_border_color="#d9dce8",
+        checkbox_label_border_color_dark="#333b54",
+        checkbox_label_shadow="none",
         button_primary_background_fill="#5b4bd6",
         button_primary_background_fill_dark="#5b4bd6",
         button_primary_background_fill_hover="#4a3bc0",
@@ -116,7 +136,11 @@ def serve(
     runs.mkdir(parents=True, exist_ok=True)
     hosts = LOOPBACK if host in LOOPBACK else ()  # elsewhere the names are not known here; the password guards
     page = build(runs)
-    guards = [Middleware(Guard, hosts=hosts, auth=auth), Middleware(Media, runs=runs)]
+    guards = [
+        Middleware(Guard, hosts=hosts, auth=auth),
+        Middleware(Media, runs=runs),
+        Middleware(GZipMiddleware, compresslevel=6),  # the page itself; Gradio's own files are packed already
+    ]
     try:
         _, address, _ = page.launch(
             server_name=host, server_port=port, share=False, ssr_mode=False, run_history=False, inbrowser=False,

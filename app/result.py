@@ -38,7 +38,7 @@ class Result:
         chooser = gr.Dropdown([], label="Run", interactive=True)
         empty = gr.HTML()
         with gr.Column(visible=False) as area:
-            gr.HTML('<h2 class="qzo-title">Before and after, same prompts and seeds</h2>')
+            gr.HTML('<h2 class="qzo-title">Before, to the left of the handle, and after; same prompts and seeds</h2>')
             slider = gr.ImageSlider(
                 show_label=False, interactive=False, max_height=620, buttons=["fullscreen"], elem_id="slider",
             )  # fmt: skip
@@ -61,9 +61,10 @@ class Result:
             exported = gr.HTML()
             with gr.Accordion("Everything that is known about this style", open=False):
                 known = gr.HTML()
-        view = [chooser, empty, area, slider, step, prompts, seed, files, known]
+        compared = gr.State("")
+        view = [chooser, empty, area, slider, step, prompts, seed, files, known, compared]
         quiet = {"show_progress": "hidden", "api_visibility": "private"}
-        gr.on([run.change, tab.select], plainly(self.show), run, view, **quiet)
+        gr.on([run.change, tab.select], plainly(self.show), [run, compared], view, **quiet)
         chooser.input(lambda name: name, chooser, run, **quiet)
         step.input(plainly(self.slider), [run, step], slider, **quiet)
         draw.click(plainly(self.draw), [run, prompts, strength, seed], drawn, **quiet)
@@ -74,8 +75,9 @@ class Result:
             self.wait, [run, seen], [seen, drawn, exported, known], trigger_mode="once", concurrency_limit=None, **quiet
         )
 
-    def show(self, name: str) -> list:
-        """A run's results, from its folder."""
+    def show(self, name: str, compared: str = "") -> list:
+        """A run's results, from its folder. Pictures that are compared already are not sent again: Gradio would write
+        its copies anew while a browser reads them."""
         jobs = self.place.jobs
         names = [n for n in jobs.names() if jobs.run(n).style_file.exists()]
         chooser = gr.Dropdown(choices=[(title(n), n) for n in names], value=name if name in names else None)
@@ -83,7 +85,7 @@ class Result:
             why = "This run has no style yet: it is written when the run ends or is stopped." if name else ""
             why = why or "No run has been chosen. Train one, or choose one above."
             hidden = gr.Column(visible=False)
-            return [chooser, f'<p class="qzo-empty">{why}</p>', hidden, None, *[gr.skip()] * 5]
+            return [chooser, f'<p class="qzo-empty">{why}</p>', hidden, None, *[gr.skip()] * 5, ""]
         run = jobs.run(name)
         self._ask(name)
         steps = [int(f.stem) for f in sorted(run.previews.glob("*.png"))]
@@ -91,9 +93,11 @@ class Result:
         settings = settings_of(run, run.recipe_file)
         prompts = "\n".join(prompts_of(settings)[:8])
         seed = settings.preview_seed if settings else 42
-        slider = self.slider(name, steps[-1]) if steps else None
+        slider, mark = self.slider(name, steps[-1]) if steps else None, f"{name} {steps}"
+        if mark == compared:
+            slider, chosen = gr.skip(), gr.skip()
         return [chooser, "", gr.Column(visible=True), slider, chosen, prompts, seed,
-                self.files(name), self.known(name)]  # fmt: skip
+                self.files(name), self.known(name), mark]  # fmt: skip
 
     def files(self, name: str) -> str:
         """What can be taken home, each with what opens it."""
@@ -162,9 +166,9 @@ class Result:
         job = self._job(name, "export")
         if job.alive():
             return '<p class="qzo-empty busy" role="status">Writing the model; this takes some seconds or minutes</p>'
-        run = self.place.jobs.run(name)
-        known, rows = card.read(run.style_file), []
+        run, rows = self.place.jobs.run(name), []
         for folder in sorted(run.path.glob("exported-*")):
+            known = card.read(run.style_file)
             used = figures.size(sum(f.stat().st_size for f in folder.rglob("*") if f.is_file()))
             strength = folder.name.removeprefix("exported-")
             opens = f"With a model card, at strength {strength}. Opened by plain diffusers on a GPU, and by QZO Studio "

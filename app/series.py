@@ -10,6 +10,7 @@ from typing import Any
 from zo_engine.journal import smoothing
 from zo_engine.run import Run
 
+SMOOTHED = 20  # steps; an average of fewer lags behind what it is to show
 POINTS = 300  # of a curve: more than the pixels of a phone, and nothing for a browser to think about
 
 
@@ -77,50 +78,50 @@ class Series:
 
     def held_out(self) -> Curve:
         """The held-out loss with its standard error against the start, item by item."""
-        points = thin([[e["step"], e["loss"], e.get("change_error") or 0.0] for e in self.evaluations])
-        x, y, error = ([p[i] for p in points] for i in range(3))
-        return Curve(
-            x, y, [a - b for a, b in zip(y, error, strict=True)], [a + b for a, b in zip(y, error, strict=True)]
-        )
+        rows = [[e["step"], e["loss"], e.get("change_error") or 0.0] for e in self.evaluations]
+        mean, error = _curves(rows, 2)
+        low, high = ([y + side * e for y, e in zip(mean.y, error.y, strict=True)] for side in (-1, 1))
+        return Curve(mean.x, mean.y, low, high)
 
-    def training(self) -> tuple[Curve, Curve]:
+    def training(self) -> list[Curve]:
         """The training loss of every step, and smoothed."""
-        rows, average, weight, memory = [], 0.0, 0.0, smoothing(len(self.journal))
+        rows, average, weight = [], 0.0, 0.0
+        memory = smoothing(len(self.journal)) if len(self.journal) >= SMOOTHED else 0.0
         for line in self.journal:
             loss = line.get("loss")
             if loss is not None and math.isfinite(loss):
                 average, weight = memory * average + (1 - memory) * loss, memory * weight + (1 - memory)
                 rows.append([line["step"] + 1, loss, average / weight])
-        points = thin(rows)
-        x, raw, smooth = ([p[i] for p in points] for i in range(3))
-        return Curve(x, raw), Curve(x, smooth)
+        return _curves(rows, 2)
 
-    def table(self, which: str) -> list[tuple[float, float, str]]:
-        """(step, value, name of the line) of one figure."""
-        if which == "Held-out loss":
-            curve = self.held_out()
-            return [(x, y, "held-out loss") for x, y in zip(curve.x, curve.y, strict=True)]
-        if which == "Training loss":
-            names = ("every step", "smoothed")
-            return [
-                (x, y, name)
-                for name, curve in zip(names, self.training(), strict=True)
-                for x, y in zip(curve.x, curve.y, strict=True)
-            ]
-        if which == "Size of a step":
-            sizes = [[r["step"] + 1, r["size"] if "size" in r else r["step_size"]] for r in self.journal]
-            return [(x, y, "size") for x, y in thin(sizes)]
-        rows, names = [], ("gain on fresh pictures, percent",)
-        for record in self.journal:
-            slopes = [abs(d) for d in record.get("slopes", ()) if d is not None]
-            tried = [loss for loss in record.get("tried", ()) if loss is not None]
+    def gains(self) -> Curve:
+        """By how many percent each step lowered the loss of pictures that it was not made from."""
+        rows = []
+        for line in self.journal:
+            still, *moved = line.get("tried") or [None]
+            if still:
+                rows.append([line["step"] + 1, 100 * (1 - min(loss for loss in (still, *moved) if loss) / still)])
+        return _curves(rows, 1)[0]
+
+    def sizes(self) -> Curve:
+        """How far each step moved a typical scale, in percent of it: theta is the logarithm of what a scale is
+        multiplied by."""
+        rows = [[line["step"] + 1, 100 * line["size"]] for line in self.journal if line.get("size") is not None]
+        return _curves(rows, 1)[0]
+
+    def slopes(self) -> list[Curve]:
+        """Of the methods that go by slopes: their mean, and the clip that bounds them."""
+        rows = []
+        for line in self.journal:
+            slopes = [abs(d) for d in line.get("slopes", ()) if d is not None]
             if slopes:
-                rows.append([record["step"] + 1, sum(slopes) / len(slopes), record["clip"]])
-                names = ("mean |d|", "clip")
-            elif tried:
-                rows.append([record["step"] + 1, 100 * (1 - min(tried) / tried[0])])
-        thinned = thin(rows)
-        return [(row[0], row[i], name) for i, name in enumerate(names, 1) for row in thinned]
+                rows.append([line["step"] + 1, sum(slopes) / len(slopes), line["clip"]])
+        return _curves(rows, 2)
+
+    def step_sizes(self) -> Curve:
+        """Of the methods that go by slopes: the factor between slope and move."""
+        rows = [[line["step"] + 1, line["step_size"]] for line in self.journal if "step_size" in line]
+        return _curves(rows, 1)[0]
 
     def best(self) -> dict[str, Any] | None:
         return min(self.evaluations, key=lambda e: e["loss"], default=None)
@@ -128,20 +129,28 @@ class Series:
     def verdict(self) -> tuple[str, str]:
         """(good, flat or bad, one sentence): the last held-out loss against the start, by its own error."""
         if len(self.evaluations) < 2:
-            return "flat", "The first held-out loss is the mark that the next ones are measured against."
+            return "flat", "This is the mark. The next point comes with the next step, and is measured against it."
         last, best = self.evaluations[-1], self.best()
         change, error = last.get("change"), last.get("change_error")
         if change is None or error is None:
             return "flat", "The held-out loss is not finite any more; stop the run, the best step is kept."
         share = abs(change) / self.evaluations[0]["loss"]
+        after = "one step" if last["step"] == 1 else f"{last['step']:,} steps"
         if change < -2 * error:
             back = (
                 f" The best was step {best['step']}, and that is what is kept." if best["loss"] < last["loss"] else ""
             )
-            return "good", f"Improving: {share:.1%} below the start, clearly more than chance.{back}"
+            return "good", f"Improving: {share:.1%} below the start after {after}, clearly more than chance.{back}"
         if change > 2 * error:
             return "bad", f"Worse than the start by {share:.1%}. The best step ({best['step']}) is what is kept."
-        return "flat", "No clear change from the start yet: the difference is within its error."
+        side = "below" if change < 0 else "above"
+        return "flat", f"No clear change yet: {share:.1%} {side} the start after {after}, which is within its error."
+
+
+def _curves(rows: list[list[float]], count: int) -> list[Curve]:
+    """So many lines from rows of (step, value, ...), thinned."""
+    points = thin(rows)
+    return [Curve([p[0] for p in points], [p[i] for p in points]) for i in range(1, count + 1)]
 
 
 def thin(rows: list[list[float]], points: int = POINTS) -> list[list[float]]:

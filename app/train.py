@@ -9,7 +9,7 @@ from typing import Any
 import gradio as gr
 
 from app import figures, form
-from app.drafts import DraftError, title
+from app.drafts import DraftError, pictures_every, title
 from app.estimate import Estimate, estimate, pixels_of
 from app.jobs import Standing
 from app.place import Place
@@ -34,7 +34,7 @@ element.addEventListener('click', (e) => {
 """
 ALL = "the way so far"
 LOOK_AT_THE_PICTURES = "() => document.querySelector('#at')?.scrollIntoView({behavior: 'smooth', block: 'nearest'})"
-LOOK_AT_THE_RUN = "() => setTimeout(() => document.querySelector('#run')?.scrollIntoView({behavior: 'smooth'}), 700)"
+LOOK_AT_THE_RUN = "() => setTimeout(() => document.querySelector('#card')?.scrollIntoView({behavior: 'smooth'}), 700)"
 PERIOD = 1.5  # seconds between two looks at the run's folder
 
 
@@ -46,17 +46,19 @@ class Training:
         self.fields: dict[str, gr.components.Component] = {}  # of the form, by the recipe's names
 
     def build(self, draft: gr.State, run: gr.State, tabs: gr.Tabs, tab: gr.Tab) -> None:
-        seen = gr.State({})
-        with gr.Row(elem_classes="qzo-plan"):
-            with gr.Column(scale=3, min_width=300):
-                plan = gr.HTML()
-                start = gr.Button("Train", variant="primary", size="lg", elem_id="train")
-            with gr.Column(scale=4, min_width=300):
-                length = gr.Radio(LENGTHS, label="Length")
-                with gr.Row():
-                    self.fields["steps"] = form.component("steps", min_width=120, info="Or any number")
-                    self.fields["resolution"] = form.component("resolution", min_width=220, scale=2)
-        with gr.Accordion("Advanced", open=False), gr.Tabs():
+        seen, filled = gr.State({}), gr.State({})
+        with gr.Accordion("What to train", open=True, elem_classes="qzo-begin") as wanted:
+            with gr.Row(elem_classes="qzo-plan"):
+                with gr.Column(scale=3, min_width=300):
+                    plan = gr.HTML()
+                    start = gr.Button("Train", variant="primary", size="lg", elem_id="train")
+                with gr.Column(scale=4, min_width=300):
+                    length = gr.Radio(LENGTHS, label="Length")
+                    with gr.Row():
+                        self.fields["steps"] = form.component("steps", min_width=120, info="Or any number")
+                        self.fields["resolution"] = form.component("resolution", min_width=220, scale=2)
+            advanced = gr.Accordion("Advanced", open=False)
+        with advanced, gr.Tabs():
             with gr.Tab("Every other setting"), gr.Row(elem_classes="qzo-form"):
                 for name in ADVANCED:
                     self.fields[name] = form.component(name, min_width=250)
@@ -92,27 +94,25 @@ class Training:
             with gr.Accordion("What the run said", open=False):
                 log = gr.Textbox(show_label=False, container=False, lines=14, max_lines=14, autoscroll=True,
                                  interactive=False, elem_classes="qzo-log")  # fmt: skip
-            with gr.Accordion("Every figure, to look at closely", open=False):
-                figure = gr.Radio(
-                    ["Held-out loss", "Training loss", "What a step does", "Size of a step"], value="Training loss",
-                    show_label=False, container=False,
-                )  # fmt: skip
-                plot = gr.LinePlot(None, x="step", y="value", color="line", height=320, container=False)
-                draw = gr.Button("Draw", size="sm")
+            with gr.Accordion("What each step did", open=False):
+                method = gr.HTML()
 
         self.form_order = list(self.fields)
-        view = [plan, start, length, command, toml, *self.fields.values()]
-        watched = [seen, live, chooser, card, preview, save, stop, resume, compare, why, charts, at, previews, log]
+        about = [plan, start, length, command, toml]
+        view = [filled, *about, *self.fields.values()]
+        watched = [seen, wanted, live, chooser, card, preview, save, stop, resume, compare, why, charts, method, at,
+                   previews, log]  # fmt: skip
         asked = [run, seen, at]
         quiet = {"show_progress": "hidden", "api_visibility": "private"}
-        gr.on([draft.change, tab.select], plainly(self.show), draft, view, **quiet)
+        gr.on([draft.change, tab.select], plainly(self.show), [draft, filled], view, **quiet)
         for name, field in self.fields.items():
             change = plainly(partial(self.change, name))
             events = [field.input] if isinstance(field, gr.Dropdown | gr.Checkbox) else [field.blur, field.submit]
-            gr.on(events, change, [draft, field], [plan, length, command, toml, field], **quiet)
-        length.input(plainly(self.length), [draft, length], [plan, command, toml, self.fields["steps"]], **quiet)
+            changed = gr.on(events, change, [draft, filled, field], [filled, *about, field], **quiet)
+            changed.failure(lambda: {}, None, filled, **quiet)  # what was refused is put right at the next look
+        length.input(plainly(self.length), [draft, filled, length], view, **quiet)
         start.click(plainly(self.start), draft, run, api_visibility="private").success(None, js=LOOK_AT_THE_RUN)
-        load.upload(plainly(self.load), [draft, load], view, **quiet)
+        load.upload(plainly(self.load), [draft, filled, load], view, **quiet)
         preview.click(plainly(self.preview), run, None, **quiet)
         save.click(plainly(self.save), run, None, **quiet)
         stop.click(plainly(self.stop), asked, watched, **quiet)
@@ -124,42 +124,47 @@ class Training:
         charts.pick(self.pick, asked, watched, **quiet).then(None, js=LOOK_AT_THE_PICTURES)
         compare.click(lambda: gr.Tabs(selected="result"), None, tabs, **quiet)
         chooser.input(self.choose, chooser, run, **quiet)
-        gr.on([draw.click, figure.input], plainly(self.draw), [run, figure], plot, api_visibility="private")
         gr.on([run.change, tab.select, at.input], self.watch, asked, watched, **quiet)
         timer = gr.Timer(PERIOD)
         timer.tick(self.watch, asked, watched, trigger_mode="once", concurrency_limit=None, **quiet)
 
     # The settings
 
-    def show(self, name: str) -> list:
-        """Every setting of a draft, from its recipe."""
+    def show(self, name: str, filled: dict) -> list:
+        """Everything about a draft's settings, from its recipe. A field that is as it was `filled` is left alone:
+        somebody may be typing there. Without a draft there is nothing to type."""
         if not name:
-            settings = recipes.Recipe()
-            fields = [form.shown(n, getattr(settings, n)) for n in self.form_order]
-            return [self.plan(name), gr.Button(interactive=False), None, "", "", *fields]
+            closed = [gr.update(interactive=False) for _ in self.form_order]
+            return [{}, self.plan(name), gr.Button(interactive=False), None, "", "", *closed]
         settings = self.place.drafts.open(name).recipe()
+        now = {n: form.shown(n, getattr(settings, n)) for n in self.form_order}
+        fields = [gr.skip() if n in filled and filled[n] == v else gr.update(value=v, interactive=True)
+                  for n, v in now.items()]  # fmt: skip
+        return [now, *self.about(name), *fields]
+
+    def about(self, name: str) -> list:
+        """What stands around the fields: the plan, the button, the length, and the two texts."""
         ready = gr.Button(interactive=not self.obstacle(name))
-        fields = [form.shown(n, getattr(settings, n)) for n in self.form_order]
-        return [self.plan(name), ready, pace(settings.steps), *self.texts(name), *fields]
+        return [self.plan(name), ready, pace(self.place.drafts.open(name).recipe().steps), *self.texts(name)]
 
-    def change(self, field: str, name: str, value: Any) -> list:
+    def change(self, field: str, name: str, filled: dict, value: Any) -> list:
         """Set one field of the draft's recipe by its name; what is impossible stays unset, and is said."""
-        draft = self.place.drafts.open(name)
-        settings = draft.change(**{field: form.given(field, value)})
+        settings = self.place.drafts.open(name).change(**{field: form.given(field, value)})
         shown = form.shown(field, getattr(settings, field))
-        return [self.plan(name), pace(settings.steps), *self.texts(name), shown]
+        return [filled | {field: shown}, *self.about(name), gr.skip() if shown == value else shown]
 
-    def length(self, name: str, steps: int) -> list:
-        settings = self.place.drafts.open(name).change(steps=int(steps))
-        return [self.plan(name), *self.texts(name), settings.steps]
+    def length(self, name: str, filled: dict, steps: int) -> list:
+        """A length, with previews to match."""
+        self.place.drafts.open(name).change(steps=int(steps), preview_every=pictures_every(int(steps)))
+        return self.show(name, filled)
 
-    def load(self, name: str, file: str) -> list:
+    def load(self, name: str, filled: dict, file: str) -> list:
         """The settings of a recipe, for the pictures that are here."""
         if not name:
             raise DraftError("there are no pictures yet; bring some first, then load the recipe")
         loaded = dataclasses.asdict(recipes.load(Path(file)))
         self.place.drafts.open(name).change(**{k: v for k, v in loaded.items() if k != "images"})
-        return self.show(name)
+        return self.show(name, filled)
 
     def texts(self, name: str) -> tuple[str, str]:
         """The command line and the recipe that do what the button does."""
@@ -216,11 +221,11 @@ class Training:
 
     def preview(self, run: str) -> None:
         self.place.jobs.ask(run, "preview")
-        gr.Info("The pictures are drawn after this step", duration=4)
+        gr.Info("The pictures are drawn when this step is done", duration=4)
 
     def save(self, run: str) -> None:
         self.place.jobs.ask(run, "save")
-        gr.Info("The style is saved after this step; the training goes on", duration=4)
+        gr.Info("The style is saved when this step is done; the training goes on", duration=4)
 
     def stop(self, run: str, seen: dict, at: str) -> list:
         self.place.jobs.stop(run)
@@ -251,7 +256,7 @@ class Training:
     def watch(self, run: str, seen: dict, at: str) -> list:
         """What the run's folder says now; a part that is as it was is not sent again."""
         if run not in self.place.jobs.names():
-            return self._fresh(seen, {"live": gr.Column(visible=False)} | dict.fromkeys(PARTS[1:], gr.skip()), {})
+            return self._fresh(seen, dict.fromkeys(PARTS, gr.skip()) | {"live": gr.Column(visible=False)}, {})
         standing = self.place.jobs.look(run)
         folder = self.place.jobs.run(run)
         settings = settings_of(folder, self.place.jobs.job(run).recipe_file)
@@ -264,33 +269,41 @@ class Training:
         left = at not in choices or seen.get("at", (run,))[0] != run  # the pictures were of another run
         at = ALL if left else at
         running = standing.state == "running"
+        coming = None
+        if standing.live and settings and settings.preview_every:
+            coming = min(steps, (standing.status.get("step", 0) // settings.preview_every + 1) * settings.preview_every)
         marks = {
+            "settings": (run, standing.live),
             "live": True,
             "chooser": (run, *names),
             "card": (run, standing.state, standing.message, tuple(standing.status.items())),
             "preview": (standing.live, running),
             "save": (standing.live, running),
             "stop": (standing.live, standing.live and standing.state != "stopping"),
-            "resume": (not standing.live, not standing.why_not_resume),
+            "resume": (not standing.live and standing.state != "done", not standing.why_not_resume),
             "compare": (not standing.live, folder.style_file.exists()),
             "why": (standing.state, standing.why_not_resume),
             "charts": (run, len(series.journal), len(series.evaluations), len(steps_drawn)),
+            "method": (run, len(series.journal)),
             "at": (run, *steps_drawn),
-            "previews": (run, shots, at),
+            "previews": (run, shots, at, standing.live),
             "log": tuple(self.place.jobs.job(run).log(3)),
         }
         make = {
+            # what goes on stands above; whoever opens the settings meanwhile finds them open
+            "settings": lambda: gr.Accordion(open=False) if standing.live else gr.skip(),
             "live": lambda: gr.Column(visible=True),
-            "chooser": lambda: gr.Dropdown(choices=[(title(n), n) for n in names], value=run),
+            "chooser": lambda: gr.Dropdown([(title(n), n) for n in names], value=run, visible=len(names) > 1),
             "card": lambda: figures.card(standing, folder, steps),
             **{name: partial(button, *marks[name]) for name in ("preview", "save", "stop", "resume", "compare")},
             "why": lambda: reason(standing),
             "charts": lambda: figures.charts(series, steps_drawn),
+            "method": lambda: figures.method(series),
             # its value is the browser's own: a look that was asked for before a choice must not undo it
             "at": lambda: gr.Dropdown(
                 choices=list(choices), visible=len(choices) > 1, **{"value": ALL} if left else {}
             ),
-            "previews": lambda: figures.previews(folder, run, prompts_of(settings), choices[at]),
+            "previews": lambda: figures.previews(folder, run, prompts_of(settings), choices[at], coming),
             "log": lambda: "\n".join(self.place.jobs.job(run).log()),
         }
         return self._fresh(seen, {k: f() if seen.get(k) != marks[k] else gr.skip() for k, f in make.items()}, marks)
@@ -298,16 +311,10 @@ class Training:
     def _fresh(self, seen: dict, parts: dict, marks: dict) -> list:
         return [marks, *(parts[name] for name in PARTS)]
 
-    def draw(self, run: str, which: str):
-        """One figure with axes and a tooltip, thinned."""
-        import pandas
-
-        series = Series.of(self.place.jobs.run(run))
-        return pandas.DataFrame(series.table(which), columns=["step", "value", "line"])
-
 
 PARTS = (
-    "live", "chooser", "card", "preview", "save", "stop", "resume", "compare", "why", "charts", "at", "previews", "log",
+    "settings", "live", "chooser", "card", "preview", "save", "stop", "resume", "compare", "why", "charts", "method",
+    "at", "previews", "log",
 )  # fmt: skip
 
 
@@ -340,7 +347,7 @@ def pace(steps: int) -> int | None:
 
 def reason(standing: Standing) -> str:
     """Why Resume is grey, where somebody may wonder."""
-    if standing.live or not standing.why_not_resume:
+    if standing.live or standing.state == "done" or not standing.why_not_resume:
         return ""
     return figures.notes([("flat", f"Resume is off: {standing.why_not_resume}.")])
 

@@ -22,12 +22,12 @@ from PIL import Image
 
 gr = pytest.importorskip("gradio", reason="the page's own extra is not installed")
 
-from app import form  # noqa: E402
+from app import figures, form  # noqa: E402
 from app.data import Pictures, summary  # noqa: E402
 from app.estimate import Estimate, estimate  # noqa: E402
 from app.guard import TRIES, Guard  # noqa: E402
 from app.history import History  # noqa: E402
-from app.jobs import JobError, Jobs  # noqa: E402
+from app.jobs import JobError, Jobs, Standing  # noqa: E402
 from app.model import Models  # noqa: E402
 from app.page import serve  # noqa: E402
 from app.place import Place  # noqa: E402
@@ -36,7 +36,7 @@ from app.result import Result  # noqa: E402
 from app.series import POINTS, Series  # noqa: E402
 from app.train import ALL, ELSEWHERE, PARTS, Training, pictured  # noqa: E402
 from zo_engine.hub import pixel_multiple  # noqa: E402
-from zo_engine.journal import Step  # noqa: E402
+from zo_engine.journal import Move, Step  # noqa: E402
 from zo_engine.recipe import Recipe  # noqa: E402
 from zo_engine.run import Run  # noqa: E402
 
@@ -160,6 +160,9 @@ def test_only_media_can_be_read(server):
                  "run/%2e%2e/recipe.toml", "run/.drafts/recipe.toml", "draft/woodcut/..%2frecipe.toml",
                  "draft/woodcut/recipe.toml", "run/shown/status.json", ""):  # fmt: skip
         assert code(f"media/{path}") == 404, path
+    assert code("media/example/tarot/00_the_fool.webp") == 200
+    for path in ("tarot/nobody.webp", "tarot/%2e%2e%2frecipe.toml", "..%2ftarot/00_the_fool.webp", "tarot"):
+        assert code(f"media/example/{path}") == 404, path
     assert code(f"gradio_api/file={run.path / 'secret.png'}") == 403
 
 
@@ -211,7 +214,7 @@ def test_the_form_writes_to_where_the_caption_was_read_from(place, tmp_path):
 
 def test_a_draft_survives_a_new_server(place):
     Pictures(place).trigger(place.drafts.example("woodcut").name, "lino", "all")
-    Training(place).length("woodcut", 100)
+    place.drafts.open("woodcut").change(steps=100)
     Pictures(place).save("woodcut", "00_sun.jpg", "a round [trigger] sun")
     again = Place(place.runs)
     recipe = again.drafts.open(again.drafts.names()[0]).recipe()
@@ -284,12 +287,24 @@ def test_the_form_covers_every_setting_with_its_own_words(place):
 def test_a_setting_is_saved_by_name_and_an_impossible_one_is_not(place):
     place.drafts.example("tarot")
     training = Training(place)
-    assert training.change("eps", "tarot", 0.02)[-1] == 0.02
-    said = sentence(partial(training.change, "depth"), "tarot", 7)
+    assert training.change("eps", "tarot", {}, 0.02)[-1] == gr.skip()  # the field holds it already
+    said = sentence(partial(training.change, "depth"), "tarot", {}, 7)
     assert said == "depth = 7.0 is outside of 0.02 to 1"
     recipe = place.drafts.open("tarot").recipe()
     assert recipe.eps == 0.02 and recipe.depth == Recipe().depth
-    assert training.change("prompts", "tarot", "a sun\n\n a moon ")[-1] == "a sun\na moon"
+    assert training.change("prompts", "tarot", {}, "a sun\n\n a moon ")[-1] == "a sun\na moon"
+
+
+def test_a_field_that_is_as_it_was_filled_is_left_alone(place):
+    draft, training = place.drafts.example("tarot"), Training(place)
+    with gr.Blocks():
+        training.build(gr.State(""), gr.State(""), gr.Tabs(), gr.Tab())
+    filled, *first = training.show("tarot", {})
+    assert filled["steps"] == draft.recipe().steps and gr.skip() not in first[-len(filled) :]
+    assert training.show("tarot", filled)[-len(filled) :] == [gr.skip()] * len(filled)
+    filled, *after = training.length("tarot", filled, 80)
+    sent = {n: v for n, v in zip(filled, after[-len(filled) :], strict=True) if v != gr.skip()}
+    assert {n: v["value"] for n, v in sent.items()} == {"steps": 80, "preview_every": 20}
 
 
 def test_bad_input_is_one_sentence(place, tmp_path):
@@ -317,13 +332,13 @@ def test_a_recipe_is_loaded_for_the_pictures_that_are_here(place, tmp_path):
     training = Training(place)
     with gr.Blocks():
         training.build(gr.State(""), gr.State(""), gr.Tabs(), gr.Tab())
-    assert "there are no pictures yet" in sentence(training.load, "", str(file))
+    assert "there are no pictures yet" in sentence(training.load, "", {}, str(file))
     draft = place.drafts.example("woodcut")
-    training.load("woodcut", str(file))
+    training.load("woodcut", {}, str(file))
     assert (draft.recipe().steps, draft.recipe().trigger) == (77, "gold")
     assert draft.recipe().images == str(draft.own_images)
     file.write_text("stepps = 3\n")
-    assert "did you mean steps" in sentence(training.load, "woodcut", str(file))
+    assert "did you mean steps" in sentence(training.load, "woodcut", {}, str(file))
     assert draft.recipe().steps == 77
 
 
@@ -503,6 +518,30 @@ def test_twenty_thousand_steps_are_thinned_and_read_once(place):
     assert Series.of(run).journal[-1]["loss"] == 0.5 and len(Series.of(run).journal) == 20_001
     run.trim(10)  # a resumed run cuts its journal
     assert len(Series.of(run).journal) == 10
+
+
+def test_few_long_steps_are_told_as_they_go(place):
+    """Within a step, at a stop, and what every step did."""
+    run = Run.create(place.runs / "new", Recipe())
+    first = {"state": "running", "step": 0, "steps": 32, "part": 0.0}
+    show = lambda state, status, says="": figures.card(Standing("new", state, says, status), run, 32)  # noqa: E731
+    assert "Measuring the start" in show("running", first)
+    timed = {"part": 0.4, "seconds_per_step": 5.0, "remaining": 150.0}
+    card = show("running", first | timed)  # no memory is known before the first whole step
+    assert "step <b>0</b> of 32, 40 % of the next one" in card and "2 min" in card and "under way" in card
+    card = show("running", first | timed | {"step": 7, "one_step": 5.0, "memory": 6e8})
+    assert "step <b>7</b> of 32, 40 % of the next one" in card and "23 %" in card and "0.6 GB" in card
+    assert "of the next one" not in show("stopped", first | timed)
+    assert "The first step works, and took 5.00 s" in show("running", first | timed | {"step": 1, "one_step": 5.0})
+    assert "Taking up the run" in show("running", first | {"step": 7})
+
+    run.journal_file.write_text(
+        Move(0, (0.1,), 0.02, 0.8, 0.1, (0.8, 0.9, 0.72)).to_json() + "\n" + Move(1, (), 0.0, 0.7).to_json() + "\n"
+    )
+    series = Series.of(run)
+    assert series.gains().x == [1] and series.gains().y == pytest.approx([10])
+    assert series.sizes().y == [2.0, 0.0] and "Gain of a step" in figures.method(series)
+    assert figures.charts(series, []).count('class="point') == 2  # every step is marked
 
 
 @pytest.mark.parametrize(

@@ -85,7 +85,7 @@ class Recipe:
     shift: float = setting(0.0, "shift of the noise level; 0: from the model's scheduler", low=0.0, high=20)
     # What is looked at
     prompts: tuple[str, ...] = setting((), "preview prompts; empty: made from the captions")
-    preview_every: int = setting(10, "steps between previews; 0: only first and last", low=0)
+    preview_every: int = setting(8, "steps between previews; 0: only first and last", low=0)
     preview_steps: int = setting(20, "sampler steps of a preview", low=1, high=200)
     guidance: float = setting(4.0, "guidance scale of a preview", low=1.0, high=30.0)
     preview_seed: int = setting(42, "seed of the first preview; the next ones follow", low=0)
