@@ -80,7 +80,7 @@ def _moves(journal: list[Move], method: Axes, size: Axes) -> None:
     method.plot(
         [r.step + 1 for r in made], [100 * (1 - min(r.tried) / r.tried[0]) for r in made], "o-", ms=3, color=LINE
     )
-    method.set_title("What a step gains on pictures that it was not made from, in percent of their loss")
+    method.set_title("Gain of a step on fresh pictures, percent of their loss")
     size.plot([r.step + 1 for r in made], [r.size or np.nan for r in made], "o-", ms=3, color=LINE, label="move (rms)")
     size.plot([r.step + 1 for r in made], [r.damping or np.nan for r in made], ".", color=MARK, label="damping")
     size.set_yscale("log")
