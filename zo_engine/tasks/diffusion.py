@@ -221,23 +221,23 @@ def answers(
     noise, but the very velocities v that it gave at x and sigma, written as the picture x - sigma v and the noise
     x + (1 - sigma) v. The loss of such an example is the squared distance to the base's answer.
     """
-    model = pipeline.transformer
-    examples = []
-    for number, (prompt, pooled) in enumerate(prompts):
-        states: list[tuple[Tensor, float]] = []
+    model, states = pipeline.transformer, []
 
-        def note(pipe, i: int, t: Tensor, tensors: dict, states=states) -> dict:
-            states.append((tensors["latents"][0].float(), float(pipe.scheduler.sigmas[i + 1])))
-            return tensors
+    def note(pipe, i: int, t: Tensor, tensors: dict) -> dict:
+        states.append((tensors["latents"].float(), float(pipe.scheduler.sigmas[i + 1])))
+        return tensors
 
-        sample(pipeline, [(prompt, pooled)], negative, [seed + number], width=width, height=height, steps=steps,
-               guidance=guidance, output_type="latent", callback_on_step_end=note)  # fmt: skip
-        for x, sigma in states[:-1]:  # the last one has no noise left
-            given = (t.to(x.device)[None] for t in (x, torch.tensor(sigma), prompt, pooled))
-            velocity = predicted(model, *given, model.dtype)[0].float()
-            picture, noise = (x - sigma * velocity).cpu(), (x + (1 - sigma) * velocity).cpu()
-            examples.append(Example(picture, prompt, pooled, noise, sigma))
-    return examples
+    sample(pipeline, prompts, negative, [seed + number for number in range(len(prompts))], width=width, height=height,
+           steps=steps, guidance=guidance, together=len(prompts), output_type="latent",
+           callback_on_step_end=note)  # fmt: skip
+    text = [torch.stack(part).to(model.device) for part in zip(*prompts, strict=True)]
+    examples: list[list[Example]] = [[] for _ in prompts]
+    for x, sigma in states[:-1]:  # the last one has no noise left
+        velocity = predicted(model, x, torch.full((len(x),), sigma, device=x.device), *text, model.dtype).float()
+        picture, noise = (x - sigma * velocity).cpu(), (x + (1 - sigma) * velocity).cpu()
+        for of_prompt, (prompt, pooled), x0, e in zip(examples, prompts, picture, noise, strict=True):
+            of_prompt.append(Example(x0, prompt, pooled, e, sigma))
+    return [example for of_prompt in examples for example in of_prompt]
 
 
 @torch.no_grad()
