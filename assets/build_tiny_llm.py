@@ -170,9 +170,7 @@ def save(model: LlamaForCausalLM, tokenizer, out: Path) -> None:
     tokenizer.save_pretrained(new)
     config = json.loads((new / "config.json").read_text())
     (new / "config.json").write_text(json.dumps(config | {"dtype": "float32"}, indent=2) + "\n")
-    card = Path(__file__).parent / "models" / "tiny-llm" / "README.md"
-    if card.exists():
-        shutil.copy(card, new / "README.md")
+    shutil.copy(Path(__file__).with_name("tiny_llm_card.md"), new / "README.md")
     shutil.rmtree(out, ignore_errors=True)
     new.rename(out)
     model.float()
