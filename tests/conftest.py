@@ -1,5 +1,6 @@
 """What the tests share: tiny real models, made once."""
 
+import sys
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -8,6 +9,7 @@ import pytest
 import tiny
 import torch
 
+from zo_engine.__main__ import main
 from zo_engine.models import load_transformer
 
 
@@ -34,3 +36,21 @@ def straddling_folder(tmp_path_factory) -> Path:
 def transformer(tiny_folder) -> Callable[[str], torch.nn.Module]:
     """transformer(format): the tiny SD3 transformer in "nf4", "fp4" or "int8". Shared: leave it as it was."""
     return cache(lambda format: load_transformer(tiny_folder, quantization=format))
+
+
+@pytest.fixture
+def qzo(monkeypatch, capsys, tmp_path):
+    """qzo(*words) -> (exit code, stdout, stderr)."""
+
+    def call(*words):
+        monkeypatch.setattr(sys, "argv", ["qzo", "--runs-dir", str(tmp_path / "runs"), *map(str, words)])
+        try:
+            main()
+            code = 0
+        except SystemExit as stop:
+            code = stop.code or 0
+        out, err = capsys.readouterr()
+        assert "Traceback" not in out + err
+        return code, out, err
+
+    return call

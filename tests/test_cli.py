@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -10,26 +9,7 @@ import pytest
 from PIL import Image
 
 from zo_engine import recipe as recipes
-from zo_engine.__main__ import main
 from zo_engine.run import Run
-
-
-@pytest.fixture
-def qzo(monkeypatch, capsys, tmp_path):
-    """qzo(*words) -> (exit code, stdout, stderr)."""
-
-    def call(*words):
-        monkeypatch.setattr(sys, "argv", ["qzo", "--runs-dir", str(tmp_path / "runs"), *map(str, words)])
-        try:
-            main()
-            code = 0
-        except SystemExit as stop:
-            code = stop.code or 0
-        out, err = capsys.readouterr()
-        assert "Traceback" not in out + err
-        return code, out, err
-
-    return call
 
 
 @pytest.fixture

@@ -1,19 +1,17 @@
 """A recipe that trains a language model: the loss falls, resuming and replaying are exact, results load elsewhere."""
 
 import json
-import sys
-import threading
 from pathlib import Path
 
 import pytest
 import tiny
 import torch
+from test_train import go
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from zo_engine import card
 from zo_engine import recipe as recipes
 from zo_engine import train as training
-from zo_engine.__main__ import main
 from zo_engine.apply import open_style
 from zo_engine.hub import ModelError, check, check_pipeline, is_language, language_files, wanted_files
 from zo_engine.inspection import inspect
@@ -43,18 +41,6 @@ def recipe(model, tmp_path_factory) -> Recipe:
 @pytest.fixture(scope="module")
 def studio(recipe, tmp_path_factory) -> training.Studio:
     return training.prepare(recipe, tmp_path_factory.mktemp("cache"))
-
-
-def go(studio, path, stop_after: int | None = None, **changes) -> Run:
-    """A whole run, or one that is asked to stop after some steps."""
-    studio = studio.changed(**changes)
-    run = Run.open(path) if path.exists() else Run.create(path, studio.recipe)
-    run.write_base(model=studio.recipe.model, code_hash=studio.code_hash)
-    stop = threading.Event()
-    report = lambda facts: stop.set() if facts["step"] == stop_after else None  # noqa: E731
-    state = training.train(run, studio, report, stop)
-    assert state == ("done" if stop_after is None else "stopped")
-    return run
 
 
 @pytest.fixture(scope="module")
@@ -193,24 +179,6 @@ def test_an_exported_folder_loads_in_stock_transformers_with_equal_logits(studio
 
 
 # The command line
-
-
-@pytest.fixture
-def qzo(monkeypatch, capsys, tmp_path):
-    """qzo(*words) -> (exit code, stdout, stderr)."""
-
-    def call(*words):
-        monkeypatch.setattr(sys, "argv", ["qzo", "--runs-dir", str(tmp_path / "runs"), *map(str, words)])
-        try:
-            main()
-            code = 0
-        except SystemExit as stop:
-            code = stop.code or 0
-        out, err = capsys.readouterr()
-        assert "Traceback" not in out + err
-        return code, out, err
-
-    return call
 
 
 def test_from_a_recipe_to_an_exported_model(qzo, recipe, tmp_path):

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import psutil
@@ -399,9 +400,12 @@ class Training:
         recipe, task, step, theta = self.recipe, self.studio.task, self.method.step, self.method.theta
 
         replays: dict[tuple, Replay] = {}
+        drawn: dict[bool, Any] = {}  # the batch of the step, and the fresh one of its searches and tries
 
         def evaluated(outputs: Callable, size: int, level: int, probes: Probes, fresh: bool) -> Tensor:
-            batch = task.batch(step, size, SEARCH if fresh else TRAINING)
+            if fresh not in drawn:
+                drawn[fresh] = task.batch(step, size, SEARCH if fresh else TRAINING)
+            batch = drawn[fresh]
             rows = lambda index: outputs(batch.take(index.to(theta.device)))  # noqa: E731
             prefix, space = self.prefixes[level], self.studio.space
             if prefix and (level, fresh) not in replays:
