@@ -79,18 +79,19 @@ def measure(model: str, batch: int, rounds: int, device: str) -> dict:
     found = levels(views, Recipe().depth)
     tuned = GainSpace({name: views[name] for level in found for name in level.layers})
     parts = [tuned.layout.part(level.layers) for level in found]
-    newton = GaussNewton(tuned.layout, parts, seed=0, per_part=DIRECTIONS, device=where)
-    prefixes = [Prefix(transformer, level) for level in found]
+    counts = [DIRECTIONS // level.thin for level in found]
+    newton = GaussNewton(tuned.layout, parts, seed=0, per_part=counts, device=where)
+    prefixes = [Prefix(transformer, level) if level.first else None for level in found]
 
     def gauss_newton() -> None:
         examples, replays = data.take(torch.arange(FRESH * batch, device=where) % batch), {}
         rows = lambda s: flow_errors(transformer, examples.take(s.to(where)), dtype)  # noqa: E731
 
         def outcomes(part, probes, fresh):
-            if part not in replays:
+            if prefixes[part] and part not in replays:
                 with tuned.dressed(newton.theta):
                     replays[part] = prefixes[part].run(rows, FRESH * batch, ROWS)
-            errors = evaluate(tuned, newton.theta, probes, rows, ROWS, replays[part])
+            errors = evaluate(tuned, newton.theta, probes, rows, ROWS, replays.get(part))
             return torch.cat([errors.square().sum(1, keepdim=True), errors], 1)
 
         newton.advance(outcomes, batch)

@@ -5,7 +5,7 @@ import torch
 from test_probes import BATCH, SPACES, assert_unchanged, probes_of, sd3_loss, some_theta, state
 from torch import nn
 
-from zo_engine.blocks import Level, Prefix, levels
+from zo_engine.blocks import THIN, Level, Prefix, levels
 from zo_engine.probes import evaluate
 from zo_engine.scales import find_scales
 
@@ -29,11 +29,12 @@ def behind(prefix, space, theta, probes, loss, chunk=None):
 
 def test_the_levels_of_sd3_are_its_output_layers_and_its_last_blocks(transformer):
     views = find_scales(transformer("nf4"))
-    output, block = levels(views, 0.5)
+    output, block, reading = levels(views, 0.5)
     assert set(output.layers) == {"norm_out.linear", "proj_out"}
     assert set(block.layers) == {name for name in views if name.startswith("transformer_blocks.1.")}
-    assert [(level.blocks, level.first) for level in (output, block)] == [
-        ("transformer_blocks", 2), ("transformer_blocks", 1)
+    assert {name.split(".")[0] for name in reading.layers} == {"time_text_embed", "context_embedder"}
+    assert [(level.blocks, level.first, level.thin) for level in (output, block, reading)] == [
+        ("transformer_blocks", 2, 1), ("transformer_blocks", 1, 1), ("transformer_blocks", 0, THIN)
     ]  # fmt: skip
 
 
@@ -41,12 +42,13 @@ def test_the_levels_of_sd3_are_its_output_layers_and_its_last_blocks(transformer
     ("depth", "starts"),
     [(0.01, [7]), (0.2, [7, 6]), (0.34, [7, 5]), (0.5, [6, 4]), (0.75, [5, 2]), (0.99, [4, 0])],
 )
-def test_a_depth_is_a_share_of_the_blocks_in_two_levels(depth, starts):
+def test_a_depth_is_a_share_of_the_blocks_in_two_levels_and_what_lies_before_is_one_more(depth, starts):
     found = levels(["model.embed", *LLAMA, "lm_head"], depth)
     assert found[0] == Level(("lm_head",), "model.layers", 8)
-    assert [level.first for level in found[1:]] == starts
+    assert found[-1] == Level(("model.embed",), "model.layers", 0, THIN)
+    assert [level.first for level in found[1:-1]] == starts
     stops = [8, *starts]
-    assert [list(level.layers) for level in found[1:]] == [
+    assert [list(level.layers) for level in found[1:-1]] == [
         LLAMA[2 * a : 2 * b] for a, b in zip(starts, stops, strict=False)
     ]
 

@@ -29,7 +29,7 @@ BATCH = 3
 
 def method(size=20, **settings):
     layout = Layout({"a.rows": (size // 2,), "b.rows": (size - size // 2,)})
-    return GaussNewton(layout, [layout.part(["b"]), layout.part(["a"])], **{"seed": 3, "per_part": 4} | settings)
+    return GaussNewton(layout, [layout.part(["b"]), layout.part(["a"])], **{"seed": 3, "per_part": [4, 4]} | settings)
 
 
 def at(newton, probes):
@@ -92,7 +92,7 @@ def test_the_model_of_the_loss_is_that_of_the_exact_jacobian():
     net, views = exact_net(quantised_net("nf4"))
     space = GainSpace(views)
     tokens, pooled, target = net_inputs(BATCH, torch.float64)
-    newton = GaussNewton(space.layout, [space.layout], seed=1, per_part=6, eps=1e-6)
+    newton = GaussNewton(space.layout, [space.layout], seed=1, per_part=[6], eps=1e-6)
     newton.theta = torch.linspace(-0.3, 0.3, space.layout.size, dtype=torch.float64)
 
     def error(sample):
@@ -122,7 +122,7 @@ def test_nothing_tuned_an_ill_conditioned_bowl_is_solved_where_slopes_crawl():
     matrices = torch.diag(torch.logspace(0, -2, size, dtype=torch.float64)).repeat(BATCH, 1, 1)
     minimum = torch.full((size,), 0.5, dtype=torch.float64)
     targets = (matrices @ minimum).float().double()
-    newton = method(size, per_part=10)
+    newton = method(size, per_part=[10, 10])
     outcomes, passes = least_squares(matrices, targets)(newton), 0
     for _ in range(40):
         newton.advance(outcomes, BATCH)
@@ -185,7 +185,7 @@ def test_a_flat_loss_moves_nothing_far():
 
 
 def test_directions_double_and_are_no_more_than_elements():
-    newton = method(20, per_part=4)
+    newton = method(20, per_part=[4, 4])
     for step, count in ((0, 4), (GROWTH - 1, 4), (GROWTH, 8), (2 * GROWTH, 10), (100 * GROWTH, 10)):
         newton.step = step
         assert [z.shape for z in newton.directions()] == [(count, 10)] * 2
@@ -273,8 +273,10 @@ def golden_method(model):
     space = make_space(find_scales(model), recipe)
     found = levels(space.views, recipe.depth)
     parts = [space.layout.part(level.layers) for level in found]
-    newton = GaussNewton(space.layout, parts, seed=recipe.seed, per_part=recipe.directions)
-    return space, newton, [Prefix(model, level) for level in found]
+    newton = GaussNewton(
+        space.layout, parts, seed=recipe.seed, per_part=[max(1, recipe.directions // level.thin) for level in found]
+    )
+    return space, newton, [Prefix(model, level) if level.first else None for level in found]
 
 
 def golden_run(model, chunk=None, prefixed=True):
@@ -288,7 +290,7 @@ def golden_run(model, chunk=None, prefixed=True):
 
     def outcomes(part, probes, fresh):
         with space.dressed(newton.theta):
-            replay = prefixes[part].run(error, FRESH * 4) if prefixed else None
+            replay = prefixes[part].run(error, FRESH * 4) if prefixed and prefixes[part] else None
         return squared(evaluate(space, newton.theta, probes, error, chunk, replay))
 
     return newton, [newton.advance(outcomes, 4) for _ in range(8)]
@@ -328,7 +330,7 @@ def test_prefix_and_chunks_change_nothing_but_rounding(transformer):
 @pytest.mark.gpu
 def test_a_gpu_replays_the_same_bits(transformer):
     _, newton, _ = golden_method(transformer("nf4"))
-    there = GaussNewton(newton.layout, newton.parts, seed=2024, per_part=12, device="cuda")
+    there = GaussNewton(newton.layout, newton.parts, seed=2024, per_part=newton.per_part, device="cuda")
     for record in golden_journal():
         newton.apply(record)
         there.apply(record)

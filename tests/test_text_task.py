@@ -155,7 +155,7 @@ def test_the_model_of_the_loss_is_half_the_exact_gauss_newton_matrix_and_gradien
     model, batch, count = tiny.language_model("opt").double(), stack(some_tokens(3)), 5
     weight = model.get_parameter("model.decoder.layers.2.fc2.weight")
     plain, layout = weight.data.clone(), Layout({"w": tuple(weight.shape)})
-    newton = GaussNewton(layout, [layout], seed=1, per_part=count, eps=1e-6)
+    newton = GaussNewton(layout, [layout], seed=1, per_part=[count], eps=1e-6)
 
     def outcomes(part, probes, fresh):
         rows = []

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 GROUPS = 2  # levels that the tuned blocks form, beside the layers that follow them
+THIN = 3  # what lies before the blocks gets a third of the directions of other levels: its probes run the whole model
 BLOCK = re.compile(r"((?:[^.\d][^.]*\.)+)(\d+)\.")  # "transformer_blocks.4.attn.to_k": a list's name, and a number
 
 
@@ -27,13 +28,15 @@ class Level:
     layers: tuple[str, ...]
     blocks: str = ""  # name of the model's list of blocks
     first: int = 0
+    thin: int = 1  # it gets 1 / thin of the directions
 
 
 def levels(layers: Iterable[str], depth: float) -> list[Level]:
-    """The levels of the last share `depth` of the blocks, from the output inwards: what follows the blocks, then they.
+    """The levels of a model, from the output inwards: what follows the blocks, the last share `depth` of the blocks,
+    and what lies before them: few numbers, but those that read the prompt, and can tell the trigger from other words.
 
     layers: names in the model's own order. The blocks are the list of modules that holds most of the layers. With depth
-    1, or in a model without such a list, all layers form one level, those before the blocks too.
+    1, or in a model without such a list, all layers form one level.
     """
     names = list(layers)
     places = {name: (found[1][:-1], int(found[2])) for name in names if (found := BLOCK.match(name))}
@@ -44,11 +47,13 @@ def levels(layers: Iterable[str], depth: float) -> list[Level]:
     count = max(number.values()) + 1
     tuned = max(1, round(depth * count))
     starts = sorted({count - tuned + round(i * tuned / GROUPS) for i in range(GROUPS)})
-    after = names[max(i for i, name in enumerate(names) if name in number) + 1 :]
+    inside = [i for i, name in enumerate(names) if name in number]
+    before, after = names[: inside[0]], names[inside[-1] + 1 :]
     made = [Level(tuple(after), blocks, count)] if after else []
     for start, stop in reversed(list(zip(starts, [*starts[1:], count], strict=True))):
-        inside = tuple(name for name in names if start <= number.get(name, -1) < stop)
-        made.append(Level(inside, blocks, start))
+        made.append(Level(tuple(name for name in names if start <= number.get(name, -1) < stop), blocks, start))
+    if before:
+        made.append(Level(tuple(before), blocks, thin=THIN))
     return [level for level in made if level.layers]
 
 

@@ -44,21 +44,21 @@ class GaussNewton:
         parts: Sequence[Layout],
         *,
         seed: int,
-        per_part: int,
+        per_part: Sequence[int],
         kind: str = "rademacher",
         eps: float = 1e-2,
         device: torch.device | str = "cpu",
     ):
         """layout: of the whole theta. parts: the tensors that one direction moves, which make it up; a probe of the
-        last part runs all that any part needs. per_part: directions of each part at first (`recipe.grown`)."""
+        last part runs all that any part needs. per_part: directions of every part at first (`recipe.grown`)."""
         self.layout, self.parts, self.seed, self.kind, self.eps = layout, list(parts), seed, kind, eps
-        self.per_part = per_part
+        self.per_part = list(per_part)
         self.theta = torch.zeros(layout.size, device=device)
         self.step = self.skipped = 0
 
     def counts(self, step: int) -> list[int]:
         """Directions of every part in a step, at most one an element."""
-        return [min(grown(self.per_part, step), part.size) for part in self.parts]
+        return [min(grown(count, step), part.size) for count, part in zip(self.per_part, self.parts, strict=True)]
 
     def directions(self) -> list[Tensor]:
         """The directions of the next step for every part, each [K, n of the part]."""

@@ -14,7 +14,7 @@ from typing import Any
 
 import tomli_w
 
-DIRECTIONS = 128  # of every level in a Gauss-Newton step, at first
+DIRECTIONS = 96  # of every level in a Gauss-Newton step, at first
 GROWTH = 12  # steps after which they double: early on a new look at the loss is worth more than a wider one
 DOUBLINGS = 2
 

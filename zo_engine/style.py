@@ -53,11 +53,12 @@ def make_space(views: dict[str, ScaleView], recipe: Recipe) -> Space:
 def make_method(space: Space, recipe: Recipe, device: torch.device | str = "cpu") -> GaussNewton | ZO:
     """The method that a recipe describes, at step 0."""
     if recipe.optimizer == "gauss-newton":
+        found = levels(space.views, recipe.depth)
         return GaussNewton(
             space.layout,
-            [space.layout.part(level.layers) for level in levels(space.views, recipe.depth)],
+            [space.layout.part(level.layers) for level in found],
             seed=recipe.seed,
-            per_part=recipe.directions or DIRECTIONS,
+            per_part=[max(1, (recipe.directions or DIRECTIONS) // level.thin) for level in found],
             kind=recipe.noise,
             eps=recipe.eps,
             device=device,

@@ -221,14 +221,19 @@ def answers(
     noise, but the very velocities v that it gave at x and sigma, written as the picture x - sigma v and the noise
     x + (1 - sigma) v. The loss of such an example is the squared distance to the base's answer.
     """
-    model, states = pipeline.transformer, []
+    model = pipeline.transformer
+    shape = (model.config.in_channels, height // pipeline.vae_scale_factor, width // pipeline.vae_scale_factor)
+    seeds = [seed + number for number in range(len(prompts))]
+    start = torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
+    start = start.to(model.device)
+    states = [(start, 1.0)]  # the first answer decides the ground of the whole picture
 
     def note(pipe, i: int, t: Tensor, tensors: dict) -> dict:
         states.append((tensors["latents"].float(), float(pipe.scheduler.sigmas[i + 1])))
         return tensors
 
-    sample(pipeline, prompts, negative, [seed + number for number in range(len(prompts))], width=width, height=height,
-           steps=steps, guidance=guidance, together=len(prompts), output_type="latent",
+    sample(pipeline, prompts, negative, seeds, width=width, height=height, steps=steps, guidance=guidance,
+           together=len(prompts), output_type="latent", latents=start.to(model.dtype),
            callback_on_step_end=note)  # fmt: skip
     text = [torch.stack(part).to(model.device) for part in zip(*prompts, strict=True)]
     examples: list[list[Example]] = [[] for _ in prompts]
