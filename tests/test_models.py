@@ -181,7 +181,7 @@ def test_the_files_are_let_go_after_loading(folder):
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
-@pytest.mark.parametrize("quantization", quantize.QUANTIZATIONS)
+@pytest.mark.parametrize("quantization", quantize.MADE)
 def test_one_tensor_at_a_time_is_in_host_memory(base, monkeypatch, quantization):
     """Of the tensors read from the file, all are dropped before the next but one is read, and what stays is
     the model alone."""

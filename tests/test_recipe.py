@@ -153,7 +153,7 @@ def test_settings_of_texts_that_do_not_fit_are_refused(text, sentence, written):
 
 def test_a_choice_that_there_is_not_lists_those_that_there_are(written):
     message = refused('quantization = "int4"', written)
-    assert message == "quantization = 'int4' is not possible; choose from nf4, fp4, int8"
+    assert message == "quantization = 'int4' is not possible; choose from nf4, fp4, int8, gptq, aqlm, none"
 
 
 @pytest.mark.parametrize("value", ["nan", "inf", "-inf", "1" + "0" * 400], ids=["nan", "inf", "-inf", "huge"])

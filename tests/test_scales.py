@@ -61,7 +61,7 @@ def test_groups_that_straddle_rows_have_flat_scales(straddling_folder):
 
 
 def test_a_model_without_scales_is_refused_naming_what_it_has():
-    with pytest.raises(ValueError, match="no layer with scales of format nf4, fp4, int8; .*Conv2d, Linear"):
+    with pytest.raises(ValueError, match="no layer with scales of format nf4, fp4, int8, gptq, aqlm; .*Conv2d, Linear"):
         find_scales(nn.Sequential(nn.Linear(4, 4), nn.Conv2d(1, 1, 1), nn.GELU()))
 
 

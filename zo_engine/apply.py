@@ -13,7 +13,7 @@ from zo_engine import cache, card, models, pictures
 from zo_engine.hub import is_language
 from zo_engine.probes import Space
 from zo_engine.run import Run
-from zo_engine.scales import find_scales, prove_live
+from zo_engine.scales import find_scales, formats_of, prove_live
 from zo_engine.style import Style, StyleError, checked_strength, load_style, make_space, theta_of
 from zo_engine.tasks.diffusion import sample
 from zo_engine.texts import Message
@@ -127,7 +127,7 @@ def open_style(
     language = is_language(folder)
     load = models.load_language_model if language else models.load_transformer
     base = load(folder, quantization=recipe.quantization, device=where, dtype=pick_dtype(recipe.dtype, where))
-    views = find_scales(base)
+    views = find_scales(base, formats_of(recipe.quantization))
     space = make_space(views, recipe)
     theta = theta_of(style, space, models.code_hash(base), where)
     prove_live(views)

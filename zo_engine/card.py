@@ -14,6 +14,7 @@ from zo_engine.hub import MODELS, repository, text_length
 from zo_engine.run import write_atomic
 
 SAMPLES = 4  # pictures on a card
+PACKAGES = {"gptq": "optimum gptqmodel", "aqlm": "aqlm[cpu,gpu]"}  # what transformers needs for a format
 STABILITY = "stabilityai/"  # repositories under the community licence of Stability AI
 
 
@@ -111,7 +112,9 @@ def language_snippet(folder: Path | str, known: Known) -> str:
         asked = f"""tokenizer.apply_chat_template(
     {turns!r}, add_generation_prompt=True, return_tensors="pt", return_dict=True
 )"""
-    return f"""from transformers import AutoModelForCausalLM, AutoTokenizer
+    packages = PACKAGES.get(known.recipe["quantization"], "")
+    needed = f"# pip install {packages}\n" if packages else ""
+    return f"""{needed}from transformers import AutoModelForCausalLM, AutoTokenizer
 
 model = AutoModelForCausalLM.from_pretrained({str(folder)!r}, device_map="auto")
 tokenizer = AutoTokenizer.from_pretrained({str(folder)!r})
@@ -156,6 +159,7 @@ def text(folder: Path, known: Known, strength: float, samples: list[tuple[str, s
     pictures = f"\n| picture | prompt |\n|---|---|\n{pictures}\n" if samples else ""
     trained = known.facts.get("step", "0")
     unit = "texts" if known.answers else "pictures"
+    moved = "quantisation scales of the model" if known.recipe["quantization"] != "none" else "weights of its layers"
     snippet = language_snippet(name, known) if known.answers else folder_snippet(name, known, text_length(folder))
     held = f"{known.facts.get('held_out_at_start') or '?'} before, {known.facts.get('held_out') or '?'} after"
     return f"""---
@@ -165,7 +169,7 @@ def text(folder: Path, known: Known, strength: float, samples: list[tuple[str, s
 # {quote(trigger or name)}
 
 A style for {quote(title)}, trained on {known.facts.get(unit, "?")} {unit} without gradients: only the
-quantisation scales of the model were moved. {f"The word `{trigger}` in a prompt calls it." if trigger else ""}
+{moved} were moved. {f"The word `{trigger}` in a prompt calls it." if trigger else ""}
 {pictures}
 ## How to use it
 

@@ -80,10 +80,18 @@ def inspect_language_model(source: Path) -> dict[str, Any]:
         "blocks": config.get("num_hidden_layers"),
         "width": config.get("hidden_size"),
         "vocabulary": config.get("vocab_size"),
-        "quantization": "int8" if quantization.get("load_in_8bit") else quantization.get("bnb_4bit_quant_type", "none"),
+        "quantization": _quantization(quantization),
         "bytes": sum(f.stat().st_size for f in source.rglob("*") if f.is_file()),
         "problem": _problem(source),
     }
+
+
+def _quantization(settings: dict[str, Any]) -> str:
+    """What a recipe's `quantization` must be for a folder with these settings, or may be for one without."""
+    if settings.get("load_in_8bit"):
+        return "int8"
+    method = settings.get("quant_method", "bitsandbytes") if settings else "none"
+    return settings.get("bnb_4bit_quant_type", "fp4") if method == "bitsandbytes" else method
 
 
 def _problem(source: Path) -> str | None:

@@ -4,6 +4,7 @@
 parts there are. `locate`, `MODELS`, `ModelError` and others are theirs, given here as well.
 """
 
+import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -42,7 +43,8 @@ from zo_engine.hub import (
     text_length,
     vae_scale,
 )
-from zo_engine.quantize import code_hash, load_quantized, quantized_layers
+from zo_engine.packed import PackedLinear, saved_scales, write_scales
+from zo_engine.quantize import READ, code_hash, load_quantized, quantization_of, quantized_layers
 
 __all__ = [
     "MODELS",
@@ -191,16 +193,34 @@ def export(base: Path, transformer: diffusers.ModelMixin, out: Path) -> Path:
 def export_language_model(base: Path, model: PreTrainedModel, out: Path) -> Path:
     """Write a complete folder to `out`: this model, quantised as it is, and the tokenizer and licence from `base`.
 
-    Plain transformers loads it. As with `export`, it appears once it has been loaded again and found equal, and raises
-    the same.
+    Plain transformers loads it. Of GPTQ and AQLM it is a copy of `base` with other scales, rounded to the dtype that
+    they have there (fp16: by 0.05 % at most). As with `export`, the folder appears once it has been loaded again and
+    found equal, and raises the same.
     """
     with _appearing(Path(out)) as work:
         for file in Path(base).iterdir():
-            if file.is_file() and any(fnmatch(file.name, wish) for wish in LANGUAGE_FILES):
+            if file.is_file() and any(fnmatch(file.name, wish) for wish in (*LANGUAGE_FILES, "quantize_config.json")):
                 shutil.copyfile(file, work / file.name)
-        model.save_pretrained(work, max_shard_size="1TB")  # its config.json takes the place of the base's
+        if quantization_of(model) in READ:
+            _copy_with_scales(Path(base), model, work)
+        else:
+            model.save_pretrained(work, max_shard_size="1TB")  # its config.json takes the place of the base's
         _prove_equal(model, partial(load_language_model, work))
     return Path(out)
+
+
+def _copy_with_scales(base: Path, model: nn.Module, work: Path) -> None:
+    scales = saved_scales(quantized_layers(model))
+    for file in (f for f in base.iterdir() if WEIGHTS.fullmatch(f.name)):
+        shutil.copyfile(file, work / file.name)
+        if file.suffix == ".safetensors":
+            write_scales(work / file.name, scales)
+    config = read_json(work / "config.json")
+    dense = config["quantization_config"].get("linear_weights_not_to_quantize")
+    if dense:  # AQLM names weights where transformers 5.23 looks for layers, and else makes random layers of them
+        bare = [name.removesuffix(".weight") for name in dense]
+        config["quantization_config"]["linear_weights_not_to_quantize"] = list(dict.fromkeys([*dense, *bare]))
+        (work / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
 @contextmanager
@@ -238,10 +258,11 @@ def _link(source: Path, target: Path) -> None:
 
 
 def _prove_equal(model: nn.Module, load: Callable[..., nn.Module]) -> None:
-    config = getattr(model.config, "quantization_config", None)
-    quantization = config.quantization_method().replace("llm_int8", "int8") if config else "none"
-    again = load(quantization=quantization, dtype=model.dtype).state_dict()
+    again = load(quantization=quantization_of(model), dtype=model.dtype).state_dict()
     state = model.state_dict()
+    for name, layer in quantized_layers(model).items():
+        if isinstance(layer, PackedLinear):
+            state[f"{name}.scales"] = layer.scales.to(layer.stored).float()
     changed = [name for name in state if name not in again or not torch.equal(state[name].cpu(), again[name])]
     if changed or len(state) != len(again):
         raise ModelError(f"the exported model differs from the one in memory in {some(changed)}; please report this")

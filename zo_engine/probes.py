@@ -175,7 +175,7 @@ class GainSpace(Space):
             def forward(x: Tensor) -> Tensor:
                 lead = [-1] + [1] * (x.ndim - 2)  # [R, 1, ..., k]: broadcast over tokens
                 if columns in parts:
-                    wide = gain(columns).repeat_interleave(view.block, dim=-1)
+                    wide = view.widened(gain(columns))
                     x = (x * wide.view(*lead, view.in_features)).to(x.dtype)
                 y, g = plain(x), gain(rows).view(*lead, view.out_features)
                 if view.bias is None:
@@ -189,7 +189,8 @@ class GainSpace(Space):
 
 
 class GroupSpace(Space):
-    """One theta per quantisation group. relative: `s = s0 * exp(theta)`; else the paper's `s = max(s0 + theta, 0)`."""
+    """One theta per quantisation group. relative: `s = s0 * exp(theta)`; else the paper's `s = max(s0 + theta, 0)`,
+    and `s0 + theta` where scales have a sign: those of a plain layer are its weights."""
 
     left_out: tuple[str, ...] = ()
 
@@ -202,7 +203,7 @@ class GroupSpace(Space):
         if self.relative:
             return base * theta.exp()
         scale = base + theta
-        return scale.clamp_(min=0) if self.clamp else scale
+        return scale.clamp_(min=0) if self.clamp and not view.format.signed else scale
 
     def scales(self, theta: Tensor) -> Iterator[tuple[ScaleView, Tensor]]:
         parts = self.layout.split(theta)

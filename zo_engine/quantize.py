@@ -1,4 +1,4 @@
-"""Weights from safetensors shards onto a device, quantised as they arrive.
+"""Weights from safetensors shards onto a device, quantised as they arrive, or as they lie.
 
 The model is built without weights, its `nn.Linear` layers become bitsandbytes layers, and then one tensor at
 a time is read, quantised on the device and dropped: beside what stays, host memory holds one tensor. This is
@@ -7,6 +7,10 @@ no GPU, and the result is the same bit for bit.
 
 Language models of transformers are loaded the same way; what transformers leaves dense (the output layer, tied weights)
 stays dense here, so that its `from_pretrained` makes the same model of the same folder.
+
+GPTQ and AQLM are not made here: a folder that comes in one of them is read as it is (see `packed`). GGUF is not read:
+transformers 5.23 keeps its blocks, and so the scales in them, only with a compiled kernel from the hub and cannot save
+them; else it makes plain weights of them at loading, and there is no scale left to change.
 
 Three things differ from a model that diffusers loads, each because the scales are what we train: scales that
 were quantised themselves ("double quantisation") are un-nested into plain fp32, bit for bit; weights are
@@ -17,6 +21,7 @@ activations as an outlier (threshold 0), since which columns are would depend on
 import hashlib
 import logging
 import math
+import re
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Self
@@ -32,13 +37,19 @@ from torch import Tensor, nn
 from transformers.quantizers.base import get_keys_to_not_convert
 from transformers.quantizers.quantizers_utils import should_convert_module
 
+from zo_engine import packed
 from zo_engine.hub import ModelError, check_index, find_weights, open_shard, read_json, some
 
-QUANTIZATIONS = ("nf4", "fp4", "int8", "none")
+MADE = ("nf4", "fp4", "int8", "none")  # what a plain model can be loaded as
+READ = ("gptq", "aqlm")  # what a model must come in
+QUANTIZATIONS = (*MADE, *READ)
 # On a CPU, weights are quantised this many at a time (whole blocks). The temporary tensors of larger pieces
 # leave gaps in the heap that are not used again: with whole layers, more than the model's own size was lost.
 PIECE = 1 << 16
 BLOCK = 64  # weights per NF4/FP4 scale: what bitsandbytes, diffusers and transformers use
+
+# What older versions of transformers saved, and now compute
+IGNORED = (r"rotary_emb\.inv_freq$", r"\.masked_bias$", r"\.attn\.bias$")
 
 # In fp32, int8 layers would say at every forward that they cast to fp16.
 logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
@@ -52,6 +63,7 @@ class Checkpoint:
 
     def __init__(self, folder: Path):
         self.folder = folder
+        self.config = read_json(folder / "config.json")
         self.files: dict[str, object] = {}  # tensor name -> open safetensors file
         listed, shards = find_weights(folder)
         with ExitStack() as stack:
@@ -73,6 +85,10 @@ class Checkpoint:
     def shape(self, name: str) -> tuple[int, ...]:
         return tuple(self.files[name].get_slice(name).get_shape())
 
+    def dtype(self, name: str) -> str:
+        """As safetensors writes it: F16, I32, ..."""
+        return self.files[name].get_slice(name).get_dtype()
+
     def read(self, name: str) -> Tensor:
         """The tensor in host memory. Its pages are those of the file: copy what is to be kept."""
         return self.files[name].get_tensor(name)
@@ -91,7 +107,7 @@ def load_quantized(
     transformers would quantise. A folder that is already quantised keeps its codes; `quantization` must then
     name its format. The model comes in eval mode, without gradients, all else in `dtype`; 4-bit scales are fp32,
     flat, contiguous, one per 64 weights of the row-major weight; int8 scales are fp32, one per row, in
-    `layer.state.SCB`.
+    `layer.state.SCB`; those of GPTQ and AQLM are fp32 [out, groups], in `layer.scales`.
     Raises ModelError for whatever is wrong with the folder.
     """
     if quantization not in QUANTIZATIONS:
@@ -105,9 +121,10 @@ def load_quantized(
         formats = _layer_formats(model, checkpoint, quantization)
         _check(model, formats, checkpoint)
         dense = [name for name in _own_tensors(model) if name.removesuffix(".weight") not in formats]
-        room = {name: _room(model.get_submodule(name), format, device) for name, format in formats.items()}
+        room = {name: _room(model, name, format, checkpoint, device) for name, format in formats.items()}
+        loaders = {"int8": _int8_layer, "gptq": packed.gptq_layer, "aqlm": packed.aqlm_layer}
         for name, format in formats.items():
-            load = _int8_layer if format == "int8" else _4bit_layer
+            load = loaders.get(format, _4bit_layer)
             layer = load(model.get_submodule(name), format, f"{name}.weight", checkpoint, *room[name], dtype)
             model.set_submodule(name, layer)
         for name in dense:
@@ -120,7 +137,7 @@ def load_quantized(
             module._buffers[name] = buffer.to(device)
     if isinstance(model, transformers.PreTrainedModel):
         model.tie_weights()
-    if formats:
+    if formats and quantization not in READ:
         _note_quantization(model, _quantization_config(formats, dtype))
     return model.eval().requires_grad_(False)
 
@@ -129,8 +146,11 @@ def _refuse_others(folder: Path, config: dict) -> None:
     if "peft_type" in config or (folder / "adapter_config.json").exists():
         raise ModelError(f"{folder} is a LoRA or another adapter; give the folder of the model that it was made for")
     method = (config.get("quantization_config") or {}).get("quant_method", "bitsandbytes")
-    if method != "bitsandbytes":
-        raise ModelError(f"{folder} is quantised by {method!r}; only bitsandbytes (nf4, fp4, int8) can be loaded")
+    if method not in ("bitsandbytes", *READ):
+        raise ModelError(
+            f"{folder} is quantised by {method!r}; possible are bitsandbytes (nf4, fp4, int8), {' and '.join(READ)}, "
+            "or the model before it was quantised"
+        )
 
 
 def _empty_model(folder: Path, config: dict, dtype: torch.dtype) -> nn.Module:
@@ -179,6 +199,11 @@ def _layer_formats(model: nn.Module, checkpoint: Checkpoint, quantization: str) 
                 f"quantization={quantization!r} is not possible; set it to {found[0]!r}"
             )
         return saved
+    if quantization in READ:
+        raise ModelError(
+            f"{checkpoint.folder} is not quantised by {quantization}, and cannot be here; give a folder that is, or "
+            f"set quantization to one of {', '.join(MADE)}"
+        )
     if quantization == "none":
         return {}
     kept = get_keys_to_not_convert(model) if isinstance(model, transformers.PreTrainedModel) else []
@@ -189,7 +214,9 @@ def _saved_format(checkpoint: Checkpoint, weight: str) -> str | None:
     for format in ("nf4", "fp4"):
         if f"{weight}.quant_state.bitsandbytes__{format}" in checkpoint:
             return format
-    return "int8" if weight.removesuffix("weight") + "SCB" in checkpoint else None
+    if weight.removesuffix("weight") + "SCB" in checkpoint:
+        return "int8"
+    return packed.saved_format(checkpoint, weight.removesuffix(".weight"))
 
 
 def _kept_in_fp32(model: nn.Module, name: str) -> bool:
@@ -222,6 +249,10 @@ def _check(model: nn.Module, formats: dict[str, str], checkpoint: Checkpoint) ->
     statistics, tied = set(), set(getattr(model, "all_tied_weights_keys", {}))
     for name, format in formats.items():
         weight = f"{name}.weight"
+        if format in READ:
+            del expected[weight]
+            expected |= packed.expected(model.get_submodule(name), name, format, checkpoint)
+            continue
         beside = _statistics(checkpoint, weight, format)
         statistics.update(beside)
         if beside and format != "int8":
@@ -233,7 +264,8 @@ def _check(model: nn.Module, formats: dict[str, str], checkpoint: Checkpoint) ->
     kind = type(model).__name__
     if missing := sorted((set(expected) | statistics) - names):
         raise ModelError(f"{checkpoint.folder} lacks {some(missing)}, which its {kind} needs; download it again")
-    if unexpected := sorted(names - set(expected) - statistics - tied):
+    ignored = [name for name in names if any(re.search(pattern, name) for pattern in IGNORED)]
+    if unexpected := sorted(names - set(expected) - statistics - tied - set(ignored)):
         raise ModelError(
             f"{checkpoint.folder} has {some(unexpected)}, which its {kind} does not know; config.json and "
             "weights do not belong together"
@@ -246,9 +278,14 @@ def _check(model: nn.Module, formats: dict[str, str], checkpoint: Checkpoint) ->
             )
 
 
-def _room(linear: nn.Linear, format: str, device: torch.device) -> tuple[Tensor, Tensor]:
+def _room(
+    model: nn.Module, name: str, format: str, checkpoint: Checkpoint, device: torch.device
+) -> tuple[Tensor, Tensor]:
     """Memory for the codes and scales of a layer, taken for all layers before any weight is read: what stays
     is not strewn among what comes and goes, and a model that does not fit fails at once."""
+    if format in READ:
+        return packed.room(name, format, checkpoint, device)
+    linear = model.get_submodule(name)
     weights = linear.weight.numel()
     if format == "int8":
         size, codes = linear.out_features, torch.empty(linear.weight.shape, dtype=torch.int8, device=device)
@@ -381,25 +418,38 @@ def _note_quantization(model: nn.Module, settings: dict) -> None:
 
 
 def quantized_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """The bitsandbytes layers of a model by name, sorted."""
-    layers = {n: m for n, m in model.named_modules() if isinstance(m, (Linear4bit, Linear8bitLt))}
-    return dict(sorted(layers.items()))
+    """The quantised layers of a model by name, sorted."""
+    kinds = (Linear4bit, Linear8bitLt, packed.PackedLinear)
+    return dict(sorted((n, m) for n, m in model.named_modules() if isinstance(m, kinds)))
+
+
+def quantization_of(model: nn.Module) -> str:
+    """What `quantization` loads this model: the format of its layers, which all have the same, or "none"."""
+    return next((_identity(layer)[0] for layer in quantized_layers(model).values()), "none")
+
+
+def _identity(layer: nn.Module) -> tuple[str, tuple[int, ...], tuple[Tensor, ...]]:
+    """Format, shape of the weight, codes and scales of a quantised layer."""
+    if isinstance(layer, packed.PackedLinear):
+        return layer.format, (layer.out_features, layer.in_features), (*layer.frozen, layer.scales)
+    if isinstance(layer, Linear4bit):
+        state = layer.weight.quant_state
+        return state.quant_type, tuple(state.shape), (layer.weight.data, state.absmax)
+    state = layer.state if layer.state.SCB is not None else layer.weight
+    return "int8", tuple(state.CB.shape), (state.CB, state.SCB)
 
 
 def code_hash(model: nn.Module) -> str:
-    """SHA-256 over every quantised layer's name, format, shape, codes and scales: the identity of a base.
+    """SHA-256 over every quantised layer's name, format, shape, codes and scales: the identity of a base. Of a model
+    without such layers, over all of its tensors.
 
     Take it before a style is applied, since that changes the scales.
     """
     digest = hashlib.sha256()
-    for name, layer in quantized_layers(model).items():
-        if isinstance(layer, Linear4bit):
-            state = layer.weight.quant_state
-            format, shape, codes, scales = state.quant_type, state.shape, layer.weight.data, state.absmax
-        else:
-            state = layer.state if layer.state.SCB is not None else layer.weight
-            format, shape, codes, scales = "int8", state.CB.shape, state.CB, state.SCB
-        digest.update(f"{name} {format} {tuple(shape)}\n".encode())
-        for tensor in (codes, scales):
+    found = {name: _identity(layer) for name, layer in quantized_layers(model).items()}
+    found = found or {n: (str(t.dtype), tuple(t.shape), (t,)) for n, t in sorted(_own_tensors(model).items())}
+    for name, (format, shape, tensors) in found.items():
+        digest.update(f"{name} {format} {shape}\n".encode())
+        for tensor in tensors:
             digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     return digest.hexdigest()

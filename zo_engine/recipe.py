@@ -48,7 +48,8 @@ class Recipe:
     trigger: str = setting("", "the word that calls the style, put where captions say [trigger]")
     caption: str = setting("", "caption of pictures that have none")
     model: str = setting("tiny-sd3", "a known model, a folder, or a hub repository")
-    quantization: str = setting("nf4", "how weights are stored", choices=("nf4", "fp4", "int8"))
+    quantization: str = setting("nf4", "how weights are stored; gptq and aqlm: where a folder comes in it",
+                                choices=("nf4", "fp4", "int8", "gptq", "aqlm", "none"))  # fmt: skip
     resolution: str = setting("", "512, or WIDTHxHEIGHT buckets such as 64x64,64x96; empty: from the model")
     length: int = setting(512, "tokens of a text, at most; the end of longer ones is cut off", low=8)
     completions_only: bool = setting(True, "learn the answers alone, not the prompts")

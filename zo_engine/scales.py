@@ -5,12 +5,15 @@ difference is one entry of the table FORMATS, and everything else sees a `ScaleV
 that can be read and replaced.
 """
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import bitsandbytes as bnb
 import torch
 from torch import Tensor, nn
+
+from zo_engine.packed import AQLMLinear, GPTQLinear
 
 
 class ScaleError(ValueError):
@@ -27,6 +30,8 @@ class Format:
     put: Callable[[nn.Module, Tensor], None]
     shape: Callable[[nn.Module], tuple[int, int]]  # of the weight: (out_features, in_features)
     block: Callable[[nn.Module], int]  # consecutive weights of the row-major weight that share one scale
+    column: Callable[[nn.Module], Tensor | None] = lambda m: None  # [in]: the group of each, if not `block` at a time
+    signed: bool = False  # whether a scale may be negative
 
 
 def _is_4bit(quant_type: str) -> Callable[[nn.Module], bool]:
@@ -51,6 +56,10 @@ def _put_weight(module: nn.Module, scale: Tensor) -> None:
     module.weight.data = scale.view(module.weight.shape)
 
 
+def _put_scales(module: nn.Module, scale: Tensor) -> None:
+    module.scales = scale
+
+
 def _four_bit(name: str) -> Format:
     return Format(
         name,
@@ -73,6 +82,23 @@ FORMATS = (
         shape=lambda m: (m.out_features, m.in_features),
         block=lambda m: m.in_features,
     ),
+    Format(
+        "gptq",
+        lambda m: isinstance(m, GPTQLinear),
+        get=lambda m: m.scales,
+        put=_put_scales,
+        shape=lambda m: (m.out_features, m.in_features),
+        block=lambda m: m.in_features // m.scales.shape[1],
+        column=lambda m: m.group,
+    ),
+    Format(
+        "aqlm",
+        lambda m: isinstance(m, AQLMLinear),
+        get=lambda m: m.scales,
+        put=_put_scales,
+        shape=lambda m: (m.out_features, m.in_features),
+        block=lambda m: m.in_features,
+    ),
     # A plain layer: every weight is its own scale. In group space with absolute noise this is MeZO.
     Format(
         "dense",
@@ -81,8 +107,16 @@ FORMATS = (
         put=_put_weight,
         shape=lambda m: (m.out_features, m.in_features),
         block=lambda m: 1,
+        signed=True,
     ),
 )
+QUANTISED = tuple(f.name for f in FORMATS if f.name != "dense")
+
+
+def formats_of(quantization: str) -> tuple[str, ...]:
+    """The formats in which a model that is loaded in a `quantization` keeps what is tuned. The dense layers of a
+    quantised model are not."""
+    return ("dense",) if quantization == "none" else QUANTISED
 
 
 class ScaleView:
@@ -91,22 +125,28 @@ class ScaleView:
     def __init__(self, name: str, module: nn.Module, format: Format):
         self.name, self.module, self.format = name, module, format
         self.out_features, self.in_features = format.shape(module)
-        self.block = format.block(module)
+        self.block, self.column = format.block(module), format.column(module)
         self.base = format.get(module)
         if format.name in ("nf4", "fp4") and module.weight.quant_state.nested:
             raise ScaleError(f"{name}: scales are still double-quantised; load the model through zo_engine.models")
-        if self.base.numel() * self.block != self.out_features * self.in_features and self.rowwise:
+        if self.column is None and self.rowwise and self.groups * self.block != self.in_features:
             raise ScaleError(f"{name}: {self.base.numel()} scales do not cover {self.out_features} rows")
 
     @property
     def rowwise(self) -> bool:
         """Whether no group of weights straddles two rows, so that a gain per row folds into the scales exactly."""
-        return self.in_features % self.block == 0
+        return self.column is not None or self.in_features % self.block == 0
 
     @property
     def groups(self) -> int:
         """Scales per row."""
-        return self.in_features // self.block
+        return self.base.numel() // self.out_features
+
+    def widened(self, groups: Tensor) -> Tensor:
+        """[..., groups] -> [..., in_features]: for every input column the number of its group."""
+        if self.column is None:
+            return groups.repeat_interleave(self.block, dim=-1)
+        return groups.index_select(-1, self.column)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -134,19 +174,22 @@ class ScaleView:
         self.format.put(self.module, self.base)
 
 
-def find_scales(model: nn.Module, formats: tuple[str, ...] = ("nf4", "fp4", "int8")) -> dict[str, ScaleView]:
-    """Every layer of `model` whose scale we know how to reach, by name, in the model's own order.
+def find_scales(model: nn.Module, formats: tuple[str, ...] = QUANTISED) -> dict[str, ScaleView]:
+    """Every layer of `model` whose scale we know how to reach, by name, in the model's own order. Not a plain layer
+    whose weight is another's too: an output layer that is the embedding would move what the model reads.
 
     Raises ScaleError when there is none, naming the kinds of layers that were seen.
     """
     table = [f for f in FORMATS if f.name in formats]
+    uses = Counter(id(tensor) for module in model.modules() for tensor in module._parameters.values())
     views = {}
     for name, module in model.named_modules():
         found = next((f for f in table if f.matches(module)), None)
-        if found is not None:
+        if found is not None and (found.name != "dense" or uses[id(module.weight)] == 1):
             views[name] = ScaleView(name, module, found)
     if not views:
-        seen = sorted({type(m).__name__ for m in model.modules() if getattr(m, "weight", None) is not None})
+        weighted = [m for m in model.modules() if any(hasattr(m, name) for name in ("weight", "qweight", "scales"))]
+        seen = sorted({type(m).__name__ for m in weighted})
         raise ScaleError(f"no layer with scales of format {', '.join(formats)}; the layers here are {', '.join(seen)}")
     return views
 
@@ -157,14 +200,13 @@ def prove_live(views: dict[str, ScaleView]) -> None:
 
     For one layer of each (class, format, rowwise): double the last scale, see the output change, put it back. The last,
     because bitsandbytes 0.50 reads wrong scales where groups straddle rows, on CPUs with AVX512: never the last ones.
+    The input rises, since the codes of a group are whole numbers and may cancel out.
     """
     kinds = {(type(v.module), v.format.name, v.rowwise): v for v in views.values()}
     for (kind, format, _), view in kinds.items():
-        weight = view.module.weight
-        dtype = getattr(view.module, "compute_dtype", None) or (
-            weight.dtype if weight.dtype.is_floating_point else torch.float32
-        )
-        x = torch.ones(2, view.in_features, device=weight.device, dtype=dtype)
+        computed = view.base.dtype if format == "dense" else torch.float32
+        dtype = getattr(view.module, "compute_dtype", None) or computed
+        x = torch.linspace(1, 2, view.in_features, device=view.base.device, dtype=dtype).expand(2, -1)
         before = view.module(x)
         view.base = view.format.get(view.module)  # a first forward may move it (int8)
         try:

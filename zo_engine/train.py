@@ -30,7 +30,7 @@ from zo_engine.newton import FRESH, GaussNewton
 from zo_engine.probes import Probes, Space, evaluate
 from zo_engine.recipe import Recipe, RecipeError
 from zo_engine.run import Run, write_atomic
-from zo_engine.scales import find_scales, prove_live
+from zo_engine.scales import find_scales, formats_of, prove_live
 from zo_engine.style import Style, journal_tensors, make_method, make_space, save_style, theta_tensors
 from zo_engine.tasks.diffusion import SEARCH, TRAINING, Diffusion, Example, answers, sample
 from zo_engine.tasks.text import Language, Question
@@ -169,7 +169,8 @@ class Studio:
 
     def changed(self, **settings) -> "Studio":
         """The same model and examples under other settings of the method."""
-        recipe, views = dataclasses.replace(self.recipe, **settings), find_scales(self.model)
+        recipe = dataclasses.replace(self.recipe, **settings)
+        views = find_scales(self.model, formats_of(recipe.quantization))
         return dataclasses.replace(self, recipe=recipe, space=make_space(views, recipe))
 
 
@@ -334,7 +335,7 @@ def prepare_texts(recipe: Recipe, say: Callable[[str], None]) -> Studio:
 
 def tuned(model: torch.nn.Module, recipe: Recipe, notes: list[str]) -> Space:
     """The space that the recipe tunes of a model, proved to be live; what cannot be tuned is added to the notes."""
-    views = find_scales(model)
+    views = find_scales(model, formats_of(recipe.quantization))
     prove_live(views)
     space = make_space(views, recipe)
     if space.left_out:
