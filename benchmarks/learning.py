@@ -2,7 +2,10 @@
 found by a sweep), and first-order Adam on the same gains as the upper bound, for 240 steps and for as many pictures as
 ours sees. Several seeds; a table and a plot.
 
-    python benchmarks/learning.py [--recipe styles/tarot/recipe.toml] [--seeds 0 1 2] [--only ours ...]
+    python benchmarks/learning.py [--task tarot | voice | sentiment] [--seeds 0 1 2] [--only ours ...]
+
+A task is a folder of `styles`; those of texts write learning-<task>.json, and the accuracy beside the loss where
+there are choices. What is said of pictures here holds for texts.
 
 A forward is one pass of 32 pictures through the whole model; line searches and tried dampings count. Where only the
 last blocks are tuned, a step counts the blocks that it runs: those before them once, the tuned ones for every probe,
@@ -50,7 +53,7 @@ CONTESTANTS = (
     "first order, as many pictures",
 )
 
-Curve = list[tuple[int, float]]  # (forwards, held-out loss)
+Curve = list[tuple[float, ...]]  # (forwards, held-out loss), and the accuracy where there is one
 
 
 def zeroth(studio: Studio, recipe: Recipe, every: int) -> Curve:
@@ -63,7 +66,9 @@ def zeroth(studio: Studio, recipe: Recipe, every: int) -> Curve:
         for step in range(recipe.steps + 1):
             if step % every == 0 or step == recipe.steps:
                 training.evaluate()
-                curve.append((forwards, training.held_out if training.held_out is not None else float("nan")))
+                figures = run.evaluations()[-1]
+                loss = training.held_out if training.held_out is not None else float("nan")
+                curve.append((forwards, loss, *([figures["accuracy"]] if "accuracy" in figures else [])))
                 if curve[-1][1] != curve[-1][1] or curve[-1][1] > 3 * curve[0][1]:
                     break  # it explodes
             if step < recipe.steps:
@@ -74,7 +79,7 @@ def zeroth(studio: Studio, recipe: Recipe, every: int) -> Curve:
 def price(studio: Studio, training: Training) -> float:
     """Make a step; the forwards that it took."""
     recipe, method = studio.recipe, training.method
-    blocks = len(studio.model.transformer_blocks)
+    blocks = len(studio.model.get_submodule(levels(studio.space.views, recipe.depth)[0].blocks))
     shares = [(blocks - level.first + 0.25) / (blocks + 0.25) for level in levels(studio.space.views, recipe.depth)]
     if isinstance(method, GaussNewton):
         rows = [count + 1 for count in method.counts(method.step)]
@@ -97,7 +102,8 @@ def first_order(studio: Studio, recipe: Recipe, rate: float, every: int) -> Curv
     for step in range(recipe.steps + 1):
         if step % every == 0 or step == recipe.steps:
             with torch.no_grad(), space.folded(theta.detach()):
-                curve.append((3 * step, torch.cat([task.losses(b) for b in items]).mean().item()))
+                loss = torch.cat([task.losses(b) for b in items]).mean().item()
+                curve.append((3 * step, loss, *task.figures().values()))
         if step < recipe.steps:
             for group in adam.param_groups:
                 group["lr"] = rate * min(1.0, (recipe.steps - step) / (0.2 * recipe.steps))
@@ -110,7 +116,7 @@ def first_order(studio: Studio, recipe: Recipe, rate: float, every: int) -> Curv
 
 def forwards_to(curve: Curve, loss: float) -> float | None:
     """The forwards at which a curve first reaches a loss, interpolated; None if never."""
-    for (f0, l0), (f1, l1) in zip(curve, curve[1:], strict=False):
+    for (f0, l0, *_), (f1, l1, *_) in zip(curve, curve[1:], strict=False):
         if l1 <= loss:
             return f1 if l0 == l1 else f0 + (f1 - f0) * (l0 - loss) / (l0 - l1)
     return None
@@ -124,20 +130,22 @@ def best(curves: dict[float, Curve]) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--recipe", type=Path, default=CHECKOUT / "styles" / "tarot" / "recipe.toml")
+    parser.add_argument("--task", default="tarot", help="a folder of styles/ with a recipe")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--only", nargs="+", choices=CONTESTANTS, default=CONTESTANTS,
                         help="contestants to run; the curves of the others are those of the result file")  # fmt: skip
     parser.add_argument("--published-steps", type=int, default=720)
     parser.add_argument("--adam-steps", type=int, default=240)
-    parser.add_argument("--name", default="learning")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     given = parser.parse_args()
-    file = RESULTS / f"{given.name}.json"
+    torch.set_num_threads(given.threads)
+    name = "learning" if given.task == "tarot" else f"learning-{given.task}"
+    file = RESULTS / f"{name}.json"
     before = json.loads(file.read_text()) if file.exists() and set(given.only) != set(CONTESTANTS) else {}
     results: dict[str, dict[str, Curve]] = before.get("curves", {})
     chosen: dict[str, float] = before.get("chosen", {})
     measured = before.get("measured", dict.fromkeys(results, before.get("circumstances")))
-    recipe = recipes.load(given.recipe)
+    recipe = recipes.load(CHECKOUT / "styles" / given.task / "recipe.toml")
     pictures = recipe.steps * recipe.batch_size * (1 + FRESH)  # that our run sees, those that only try a move, too
     few = -(-pictures // PICTURES)
     for seed in given.seeds:
@@ -170,35 +178,35 @@ def main() -> None:
             "first order": lambda: adam("first order", given.adam_steps),
             "first order, as many pictures": lambda: adam("first order, as many pictures", few),
         }
-        for name in given.only:
-            results.setdefault(name, {})[str(seed)] = contest[name]()
-            measured[name] = circumstances()
-            print(seed, name, results[name][str(seed)][-1], flush=True)
+        for contestant in given.only:
+            results.setdefault(contestant, {})[str(seed)] = contest[contestant]()
+            measured[contestant] = circumstances()
+            print(seed, contestant, results[contestant][str(seed)][-1], flush=True)
     table = summary(results)
     figures = {"measured": measured, "recipe": recipe.public(), "chosen": chosen, "table": table, "curves": results}
-    print(save(given.name, figures))
+    print(save(name, figures))
     print(json.dumps(table, indent=1))
-    plot(results, RESULTS / f"{given.name}.png")
+    plot(results, RESULTS / f"{name}.png")
 
 
 def summary(results: dict[str, dict[str, Curve]]) -> dict:
     """For every seed: start, ends, our share of the first-order falls, and forwards to the published form's best."""
     table = {}
     for seed, ours in results["ours"].items():
-        ends = {name: min(loss for _, loss in curves[seed]) for name, curves in results.items()}
+        kept = {name: min(curves[seed], key=lambda point: point[1]) for name, curves in results.items()}
+        ends = {name: point[1] for name, point in kept.items()}
         start = ours[0][1]
-        fall = lambda name: (start - ends["ours"]) / (start - ends[name])  # noqa: B023, E731
-        paper = results["published form, best step size"][seed]
-        table[seed] = {
-            "start": start,
-            **ends,
-            "share of the first-order fall": fall("first order"),
-            "share of the first-order fall with as many pictures": fall("first order, as many pictures"),
-            "our forwards": ours[-1][0],
-            "published form's forwards": paper[-1][0],
-            "our forwards to the best loss of the published form": forwards_to(ours, min(loss for _, loss in paper)),
-            "forwards of the published form to our loss": forwards_to(paper, ends["ours"]),
-        }
+        table[seed] = {"start": start, **ends, "our forwards": ours[-1][0]}
+        for name in ends.keys() & {"first order", "first order, as many pictures"}:
+            table[seed][f"share of the fall of {name}"] = (start - ends["ours"]) / (start - ends[name])
+        if paper := results.get("published form, best step size", {}).get(seed):
+            table[seed] |= {
+                "published form's forwards": paper[-1][0],
+                "our forwards to the best loss of the published form": forwards_to(ours, min(p[1] for p in paper)),
+                "forwards of the published form to our loss": forwards_to(paper, ends["ours"]),
+            }
+        if len(ours[0]) > 2:
+            table[seed]["accuracy"] = {"start": ours[0][2]} | {name: point[2] for name, point in kept.items()}
     return table
 
 
@@ -208,8 +216,8 @@ def plot(results: dict[str, dict[int, Curve]], path: Path) -> None:
     axes = figure.subplots()
     for name, curves in results.items():
         shortest = min(len(curve) for curve in curves.values())
-        values = np.array([[loss for _, loss in curve[:shortest]] for curve in curves.values()])
-        forwards = [f for f, _ in next(iter(curves.values()))[:shortest]]
+        values = np.array([[point[1] for point in curve[:shortest]] for curve in curves.values()])
+        forwards = [point[0] for point in next(iter(curves.values()))[:shortest]]
         (line,) = axes.plot(forwards, values.mean(0), label=name)
         axes.fill_between(forwards, values.min(0), values.max(0), color=line.get_color(), alpha=0.15, lw=0)
     axes.set_xlabel("forwards of one batch (log scale beyond 100)")

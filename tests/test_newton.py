@@ -15,7 +15,7 @@ from exact import exact_net, net_inputs, quantised_net
 from zo_engine.blocks import Prefix, levels
 from zo_engine.journal import Move, read
 from zo_engine.models import load_transformer
-from zo_engine.newton import DAMPINGS, FRESH, GaussNewton
+from zo_engine.newton import DAMPINGS, FRESH, REACH, GaussNewton
 from zo_engine.noise import Layout
 from zo_engine.probes import GainSpace, evaluate
 from zo_engine.recipe import GROWTH, Recipe
@@ -352,3 +352,14 @@ def write_golden():
 
 if __name__ == "__main__":
     write_golden()
+
+
+def test_a_move_goes_no_further_than_its_reach():
+    layout = Layout({"a.rows": (400,), "b.rows": (1200,)})
+    newton = GaussNewton(layout, [layout.part(["a"]), layout.part(["b"])], seed=2, per_part=8)
+    for size in (1e-3, 0.05, 1.0):
+        weights = tuple(size * (-1) ** i for i in range(16))
+        (move,), (free,) = newton._moves([newton._shortened(weights)]), newton._moves([weights])
+        length, would = (m.square().mean().sqrt().item() for m in (move, free))
+        assert length == pytest.approx(min(would, REACH), rel=0.15)
+        torch.testing.assert_close(move / length, free / would, rtol=1e-4, atol=1e-5)

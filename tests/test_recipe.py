@@ -41,10 +41,13 @@ def written(tmp_path):
 # Round trip
 
 
-@pytest.mark.parametrize(("taught", "left_out"), [("images", "texts"), ("texts", "images")])
+@pytest.mark.parametrize(
+    ("taught", "left_out"),
+    [("images", ("texts", "task", "reward")), ("texts", ("images", "task")), ("texts", ("images", "reward"))],
+)
 def test_every_setting_survives_the_file(written, tmp_path, taught, left_out):
-    recipe = Recipe(**{f.name: other(f) for f in dataclasses.fields(Recipe) if f.name != left_out})
-    assert all(getattr(recipe, f.name) != f.default for f in dataclasses.fields(Recipe) if f.name != left_out)
+    recipe = Recipe(**{f.name: other(f) for f in dataclasses.fields(Recipe) if f.name not in left_out})
+    assert all(getattr(recipe, f.name) != f.default for f in dataclasses.fields(Recipe) if f.name not in left_out)
     recipe = dataclasses.replace(recipe, **{taught: str(tmp_path / "there")})
     assert load(written(dump(recipe))) == recipe
 
@@ -226,3 +229,24 @@ def test_what_is_made_public_names_no_folder_of_this_machine(tmp_path):
     again = make(public)
     assert again.public() == public
     assert recipes.make({}).public() == Recipe().public()
+
+
+def test_a_reward_in_a_file_is_meant_from_beside_the_recipe_and_leaves_the_machine_with_nobody(written, tmp_path):
+    (tmp_path / "mine.py").write_text("")
+    found = load(written('texts = "org/name"\nreward = "mine.py:f"'))
+    assert found.reward == f"{tmp_path / 'mine.py'}:f" and found.public()["reward"] == ""
+    bundled = load(written('texts = "org/name"\nreward = "json:a"'))
+    assert bundled.reward == bundled.public()["reward"] == "json:a"
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ('images = "x"\ntask = "sst2"', "the recipe has images"),
+        ('reward = "json"', "give `texts` with the prompts"),
+        ('texts = "a/b"\ntask = "sst2"\nreward = "json"', "without a task"),
+    ],
+)
+def test_tasks_and_rewards_are_of_texts(written, text, says):
+    with pytest.raises(RecipeError, match=says):
+        load(written(text))

@@ -156,9 +156,9 @@ def finish(state: str, run: Run, as_json: bool) -> None:
     elif state == "done":
         evaluations = run.evaluations()
         click.echo(f"held-out loss {evaluations[0]['loss']:.4f} -> {run.status()['best_held_out']:.4f}")
-        if "accuracy" in evaluations[0]:
-            best = next(e for e in evaluations if e["step"] == run.status()["best_step"])
-            click.echo(f"accuracy {evaluations[0]['accuracy']:.3f} -> {best['accuracy']:.3f}")
+        best = next(e for e in evaluations if e["step"] == run.status()["best_step"])
+        for figure in {"accuracy", "reward"} & evaluations[0].keys():
+            click.echo(f"{figure} {evaluations[0][figure]:.3f} -> {best[figure]:.3f}")
         for title, path in (("previews", run.previews), ("plot", run.plot_file), ("style", run.style_file)):
             click.echo(f"{title:10} {path}")
     if state == "stopped":
@@ -340,13 +340,57 @@ def written(path: Path, as_json: bool) -> None:
 @strength_option
 @model_option
 @device_option
+@click.option("--peft", is_flag=True, help="Only the style of a language model, as a PEFT adapter (IA3), where equal.")
 @click.pass_obj
-def export(runs_dir: Path, source: Path, folder: Path, strength: float, model: str, device: str) -> None:
+def export(runs_dir: Path, source: Path, folder: Path, strength: float, model: str, device: str, peft: bool) -> None:
     """Write the styled model as a quantised FOLDER that plain diffusers, or plain transformers, loads."""
     from zo_engine.apply import open_style
 
     quiet()
-    click.echo(open_style(source, runs_dir / ".cache", model, device).export(folder, strength))
+    styled = open_style(source, runs_dir / ".cache", model, device)
+    click.echo(styled.export_adapter(folder, strength) if peft else styled.export(folder, strength))
+
+
+@cli.command("eval")
+@click.argument("model")
+@click.option(
+    "--task", "name", required=True, help="sst2, rte, cb, boolq, wsc, wic, multirc, copa, record, squad or drop."
+)
+@click.option("--style", type=click.Path(exists=True, path_type=Path), help="A style file or run folder to put on it.")
+@click.option("--data", default="", help="A file of rows of the task's data set.  [default: the hub's validation]")
+@click.option("--limit", type=click.IntRange(1), default=None, help="Questions, drawn by the seed.  [default: all]")
+@click.option("--seed", default=0, show_default=True, help="Seed of what --limit draws.")
+@click.option("--quantization", default="nf4", show_default=True, help="How weights are stored, without a style.")
+@strength_option
+@device_option
+@json_option
+@click.pass_obj
+def evaluate(
+    runs_dir: Path,
+    model: str,
+    name: str,
+    style: Path | None,
+    data: str,
+    limit: int | None,
+    seed: int,
+    quantization: str,
+    strength: float,
+    device: str,
+    as_json: bool,
+) -> None:
+    """MODEL's score on a task of MeZO's table: candidates by their likelihood, or answers by F1 and exact match."""
+    from zo_engine.apply import score
+
+    quiet()
+    say = lambda text: click.echo(text, err=True)  # noqa: E731
+    figures = score(model, name, data, limit, seed, quantization, style, strength, device, runs_dir / ".cache", say)
+    if as_json:
+        click.echo(json.dumps(figures))
+        return
+    for figure in ("accuracy", "f1", "em"):
+        if figure in figures:
+            click.echo(f"{figure:9} {figures[figure]:.4f} ± {figures[f'{figure}_error']:.4f}")
+    click.echo(f"questions {figures['questions']}")
 
 
 @cli.command()

@@ -1,15 +1,17 @@
 """A style back on its base: pictures or answers, comparisons, an exported model, from a run folder or a style file."""
 
 import json
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from PIL import Image
 from transformers import PreTrainedTokenizerBase
 
-from zo_engine import cache, card, models, pictures
+from zo_engine import cache, card, evaluation, ia3, models, pictures, templates
 from zo_engine.hub import is_language
 from zo_engine.probes import Space
 from zo_engine.run import Run
@@ -17,7 +19,7 @@ from zo_engine.scales import find_scales, formats_of, prove_live
 from zo_engine.style import Style, StyleError, checked_strength, load_style, make_space, theta_of
 from zo_engine.tasks.diffusion import sample
 from zo_engine.texts import Message
-from zo_engine.train import Prompt, pick_device, pick_dtype, reply
+from zo_engine.train import Prompt, context, pick_device, pick_dtype, reply
 
 
 @dataclass
@@ -41,6 +43,10 @@ class StyledPipeline(Styled):
     """One that draws."""
 
     cache: cache.Cache
+
+    def export_adapter(self, out: Path, strength: float = 1.0) -> Path:
+        """Refused: PEFT's IA3 is for language models here."""
+        raise StyleError("a PEFT adapter is made of a language model's style; this one is of pictures")
 
     def sample(
         self, prompts: list[str], strength: float, size: tuple[int, int], seed: int, steps: int, guidance: float
@@ -93,6 +99,43 @@ class StyledLanguageModel(Styled):
             models.export_language_model(self.folder, self.model, out)
         card.write(out, card.read(style_file(self.source)), strength, [])
         return out
+
+    def export_adapter(self, out: Path, strength: float = 1.0) -> Path:
+        """The style alone as a PEFT adapter (IA3), where the two are equal: see `ia3`."""
+        return ia3.save_to(out, self.space, self.theta * checked_strength(strength), self.style.base["model"])
+
+
+def score(
+    model: str,
+    task: str,
+    data: str,
+    limit: int | None,
+    seed: int,
+    quantization: str,
+    style: Path | None,
+    strength: float,
+    device: str,
+    cache_folder: Path,
+    say: Callable[[str], None] = lambda text: None,
+) -> dict[str, float]:
+    """A language model's figures on a task, with a style or as it is. Raises ValueError for what the user can mend."""
+    asked = templates.named(task)
+    folder = models.locate(model)
+    if not is_language(folder):
+        raise StyleError(f"{model} draws pictures and answers no questions; give a language model")
+    found = templates.cases(asked, data)
+    if limit and limit < len(found):
+        order = np.random.Generator(np.random.Philox(key=seed)).permutation(len(found))[:limit]
+        found = [found[i] for i in sorted(order)]
+    length = context(folder, 2048)
+    say(f"{len(found)} questions")
+    if style:
+        styled = open_style(style, cache_folder, model, device)
+        with styled.at(strength):
+            return evaluation.evaluate(styled.model, styled.tokenizer, found, length)
+    where = pick_device(device)
+    base = models.load_language_model(folder, quantization=quantization, device=where, dtype=pick_dtype("auto", where))
+    return evaluation.evaluate(base, models.load_tokenizer(folder), found, length)
 
 
 def samples(source: Path, style: Style) -> list[Path]:

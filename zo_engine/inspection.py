@@ -56,7 +56,9 @@ def inspect_run(run: Run) -> dict[str, Any]:
         "step": len(journal),
         "steps": recipe.steps,
         "model": recipe.model,
-        **({"texts": recipe.texts} if recipe.texts else {"images": recipe.images, "trigger": recipe.trigger}),
+        **({"task": recipe.task} if recipe.task else {}),
+        **({"texts": recipe.texts} if recipe.texts else {}),
+        **({} if recipe.texts or recipe.task else {"images": recipe.images, "trigger": recipe.trigger}),
         "skipped": sum(r.skipped for r in journal),
         "journal_bytes": run.journal_file.stat().st_size if journal else 0,
         "style": str(run.style_file) if run.style_file.exists() else None,
@@ -65,8 +67,9 @@ def inspect_run(run: Run) -> dict[str, Any]:
     losses = [(e["loss"], e["step"]) for e in evaluations if e["loss"] is not None]
     if losses:
         best = min(losses)
-        if accuracy := {e["step"]: e["accuracy"] for e in evaluations if "accuracy" in e}:
-            facts |= {"accuracy_at_start": accuracy[losses[0][1]], "accuracy": accuracy[best[1]]}
+        for figure in ("accuracy", "reward"):
+            if found := {e["step"]: e[figure] for e in evaluations if figure in e}:
+                facts |= {f"{figure}_at_start": found[losses[0][1]], figure: found[best[1]]}
         facts |= {"held_out_at_start": losses[0][0], "best_held_out": best[0], "best_step": best[1]}
     return facts
 

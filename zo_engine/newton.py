@@ -30,6 +30,7 @@ from zo_engine.probes import Probes
 from zo_engine.recipe import grown
 
 DAMPINGS = (0.03, 0.1, 0.3, 1.0, 3.0, 10.0)  # lambda, in units of the mean diagonal of Z'J'JZ
+REACH = 0.3  # of a move, root mean square: what is longer is shortened, since no model of a loss holds that far
 FRESH = 2  # times the batch: examples that choose among them
 
 Outcomes = Callable[[int, Probes, bool], Tensor]
@@ -71,20 +72,22 @@ class GaussNewton:
         """Rows that one example has in a step, before the tries."""
         return sum(count + 1 for count in self.counts(step))
 
-    def advance(self, outcomes: Outcomes, batch: int) -> Move:
+    def advance(self, outcomes: Outcomes, batch: int, fresh: int = 0, dampings: Sequence[float] = DAMPINGS) -> Move:
         """One live step: probe, solve, try, move. Returns its record for the journal.
 
         outcomes(part, probes, fresh): the loss of every row and then its features [R, 1 + m], with the perturbation
         inside of a part; of this step's batch of `batch` examples, whose rows come one example a call, or of a fresh
-        batch FRESH times as large, where only the losses are read: [R, 1] will do. What is not finite skips the step.
+        batch of `fresh` (FRESH times as large, if not given), where only the losses are read: [R, 1] will do, and they
+        may be other losses than those of the batch. What is not finite skips the step.
         """
         gram, slope, loss = self._model(outcomes, batch)
         if not (gram.isfinite().all() and slope.isfinite().all()):
             self.skip()
             return Move(self.step - 1, (), 0.0, short(loss))
-        weights = [(0.0,) * len(slope), *_solutions(gram.cpu(), slope.cpu())]
+        found = [self._shortened(w) for w in _solutions(gram.cpu(), slope.cpu(), dampings)]
+        weights = [(0.0,) * len(slope), *found]
         moves = torch.stack(self._moves(weights))
-        rows = FRESH * batch
+        rows = fresh or FRESH * batch
         probes = Probes(
             moves,
             1.0,
@@ -101,7 +104,7 @@ class GaussNewton:
             weights[best],
             short(size),
             short(loss),
-            DAMPINGS[best - 1] if best else 0.0,
+            dampings[best - 1] if best else 0.0,
             tuple(short(t) for t in tried.tolist()),
         )
         self.apply(record)
@@ -129,6 +132,16 @@ class GaussNewton:
             slope += (torch.cat(rises) / self.eps - self.eps * curvature.diagonal()) / (2 * batch)
             loss += rows[0, 0].item() / batch
         return gram, slope, loss
+
+    def _shortened(self, weights: tuple[float, ...]) -> tuple[float, ...]:
+        """The weights of a move that goes no further than REACH, by the length that it has if directions are orthogonal
+        and their elements of size one."""
+        squares, start = 0.0, 0
+        for part, count in zip(self.parts, self.counts(self.step), strict=True):
+            squares += part.size * sum(w * w for w in weights[start : start + count])
+            start += count
+        factor = REACH / max(REACH, (squares / self.layout.size) ** 0.5)
+        return tuple(short(w * factor) for w in weights)
 
     def _moves(self, weights: Sequence[Sequence[float]]) -> list[Tensor]:
         """What theta moves by with each of some weights: Z w [n], one direction after the other, so that it rounds
@@ -175,7 +188,7 @@ class GaussNewton:
         self.step, self.skipped = int(scalars["step"]), int(scalars["skipped"])
 
 
-def _solutions(gram: Tensor, slope: Tensor) -> list[tuple[float, ...]]:
+def _solutions(gram: Tensor, slope: Tensor, dampings: Sequence[float] = DAMPINGS) -> list[tuple[float, ...]]:
     """The weights w [K] for every damping, rounded as the journal keeps them."""
     unit = gram.diagonal().mean().clamp(min=1e-30) * torch.eye(len(gram), dtype=gram.dtype)
-    return [tuple(short(w) for w in torch.linalg.solve(gram + d * unit, -slope).tolist()) for d in DAMPINGS]
+    return [tuple(short(w) for w in torch.linalg.solve(gram + d * unit, -slope).tolist()) for d in dampings]

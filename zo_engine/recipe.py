@@ -14,6 +14,8 @@ from typing import Any
 
 import tomli_w
 
+from zo_engine.rewards import beside, is_file
+
 DIRECTIONS = 96  # of every level in a Gauss-Newton step, at first
 GROWTH = 12  # steps after which they double: early on a new look at the loss is worth more than a wider one
 DOUBLINGS = 2
@@ -25,7 +27,10 @@ def grown(directions: int, step: int) -> int:
 
 
 PRIVATE = ("images", "texts", "device")  # where things lie on this machine
-TEXT_FIELDS = ("texts", "text_columns", "skip_bad", "length", "completions_only", "answer_tokens", "temperature")
+TEXT_FIELDS = (
+    *("texts", "text_columns", "skip_bad", "length", "completions_only"),
+    *("task", "reward", "answer_tokens", "temperature"),
+)
 
 
 class RecipeError(ValueError):
@@ -53,6 +58,9 @@ class Recipe:
     resolution: str = setting("", "512, or WIDTHxHEIGHT buckets such as 64x64,64x96; empty: from the model")
     length: int = setting(512, "tokens of a text, at most; the end of longer ones is cut off", low=8)
     completions_only: bool = setting(True, "learn the answers alone, not the prompts")
+    task: str = setting("", "a task of MeZO's table, such as sst2: texts are rows of its data set; empty: the hub's")
+    reward: str = setting("", "what an answer is worth, in place of learning given ones: json, json:key,key, match, "
+                          "length:60, avoid:word, or rewards.py:function, whose code is run")  # fmt: skip
     # How long
     steps: int = setting(32, "steps of the run", low=1)
     batch_size: int = setting(16, "pictures or texts in one step", low=1)
@@ -109,6 +117,10 @@ class Recipe:
                 f"a recipe teaches pictures or texts, not both: it has images = {self.images!r} and texts = "
                 f"{self.texts!r}; leave one of them out"
             )
+        if self.images and self.task:
+            raise RecipeError(f"task = {self.task!r} is of texts, and the recipe has images; leave one of them out")
+        if self.reward and (self.task or not self.texts):
+            raise RecipeError("a reward judges answers to texts, without a task; give `texts` with the prompts")
         for entry in self.text_columns:
             if not all(entry.partition("=")):
                 raise RecipeError(f"text_columns must look like field=column, such as prompt=question, not {entry!r}")
@@ -116,6 +128,8 @@ class Recipe:
     def public(self) -> dict[str, Any]:
         """The settings that may leave the machine: without folders."""
         values = {f.name: _plain(getattr(self, f.name)) for f in fields(self) if f.name not in PRIVATE}
+        if is_file(self.reward):
+            values["reward"] = ""  # a style names no code
         return values | {"model": Path(self.model).name if Path(self.model).is_absolute() else self.model}
 
 
@@ -174,6 +188,7 @@ def load(path: Path) -> Recipe:
         images=_beside(path, recipe.images),
         texts=_beside(path, recipe.texts, only_if_there=True),  # else a data set of the hub
         model=_beside(path, recipe.model, only_if_there=True),
+        reward=beside(path.parent, recipe.reward),
     )
 
 

@@ -180,6 +180,18 @@ def scan(source: Path | str, columns: dict[str, str] | None = None) -> Contents:
     return Contents(examples, problems, mapping)
 
 
+def raw_rows(source: Path | str) -> Iterable[tuple[int, dict[str, Any] | DataError]]:
+    """The rows of a file or a hub data set as they stand, with their numbers. Raises DataError."""
+    return _open(str(source)).rows
+
+
+def hub_rows(
+    name: str, subset: str | None, split: str, revision: str | None = None
+) -> Iterable[tuple[int, dict[str, Any]]]:
+    """The rows of a data set of the hub as they arrive. Raises DataError where it cannot be reached or read."""
+    return _hub(f"{name}:{split}", subset, revision).rows
+
+
 def recognise(rows: list[dict[str, Any]], given: dict[str, str], source: str = "the data") -> Mapping:
     """The form of some rows; `given` maps fields to columns and wins over recognition.
 
@@ -464,7 +476,7 @@ def _parquet(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         raise DataError(f"{path} is not a complete Parquet file ({str(error).splitlines()[0]})") from None
 
 
-def _hub(source: str) -> _Rows:
+def _hub(source: str, subset: str | None = None, revision: str | None = None) -> _Rows:
     """A data set of the hub, row by row as it arrives. No code of a data set is ever run."""
     name, _, split = source.partition(":")
     try:
@@ -475,7 +487,8 @@ def _hub(source: str) -> _Rows:
             "pip install datasets"
         ) from None
     try:
-        data = datasets.load_dataset(name, split=split or "train", streaming=True)
+        more = {key: value for key, value in (("name", subset), ("revision", revision)) if value}
+        data = datasets.load_dataset(name, split=split or "train", streaming=True, **more)
     except datasets.exceptions.DatasetNotFoundError as error:
         raise DataError(
             f"there is no file and no data set {name!r} on the hub, or it asks for a login: {error}"

@@ -22,7 +22,7 @@ from safetensors.torch import save
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from zo_engine import cache, dataset, models, pictures, plots, texts, tokens
+from zo_engine import cache, dataset, evaluation, models, pictures, plots, rewards, templates, texts, tokens
 from zo_engine.blocks import Prefix, Replay, levels
 from zo_engine.hub import is_language, read_json, some
 from zo_engine.journal import Record, short
@@ -33,13 +33,16 @@ from zo_engine.run import Run, write_atomic
 from zo_engine.scales import find_scales, formats_of, prove_live
 from zo_engine.style import Style, journal_tensors, make_method, make_space, save_style, theta_tensors
 from zo_engine.tasks.diffusion import SEARCH, TRAINING, Diffusion, Example, answers, sample
-from zo_engine.tasks.text import Language, Question
+from zo_engine.tasks.reward import Prompt as Request
+from zo_engine.tasks.reward import Rewarded
+from zo_engine.tasks.text import Choosing, Language, Question
 from zo_engine.tasks.text import answers as replies
 from zo_engine.texts import Message
 from zo_engine.zo import trapezoid
 
 TOKENS = 4800  # of one forward pass, where the recipe does not say how many rows: what the caches of a processor like
 TELL = 1.0  # seconds between two reports of a long step
+TASK_ROWS = 1000  # of a task, that are learnt, as in MeZO; the held-out share comes beside
 PATIENCE = 20  # steps in a row without a finite loss, after which a run gives up
 
 Prompt = tuple[Message, ...]  # a conversation that ends before an answer
@@ -156,7 +159,7 @@ class Studio:
     code_hash: str
     model: torch.nn.Module
     space: Space
-    task: Diffusion | Language
+    task: Diffusion | Language | Rewarded
     preview: Drawing | Answering
     examples: int
     held_out: int
@@ -206,7 +209,8 @@ def split(pictures: list, share: float, seed: int) -> tuple[list, list]:
 
 def prepare(recipe: Recipe, cache_folder: Path, say: Callable[[str], None] = lambda text: None) -> Studio:
     """Load what the recipe asks for. Raises ValueError (of some kind) for whatever the user can mend."""
-    return prepare_texts(recipe, say) if recipe.texts else prepare_pictures(recipe, cache_folder, say)
+    texts_asked = recipe.texts or recipe.task
+    return prepare_texts(recipe, say) if texts_asked else prepare_pictures(recipe, cache_folder, say)
 
 
 def prepare_pictures(recipe: Recipe, cache_folder: Path, say: Callable[[str], None]) -> Studio:
@@ -280,7 +284,7 @@ def prepare_pictures(recipe: Recipe, cache_folder: Path, say: Callable[[str], No
 
 
 def prepare_texts(recipe: Recipe, say: Callable[[str], None]) -> Studio:
-    """Of a recipe with `texts`."""
+    """Of a recipe with `texts` or a `task`."""
     device = pick_device(recipe.device)
     known = models.describe(recipe.model)
     folder = models.locate(recipe.model)
@@ -289,10 +293,12 @@ def prepare_texts(recipe: Recipe, say: Callable[[str], None]) -> Studio:
             f"{recipe.model} draws pictures and learns no texts; set `model` to the folder or the hub repository of a "
             "language model"
         )
+    if recipe.task:
+        return prepare_task(recipe, folder, say)
     columns = dict(entry.split("=", 1) for entry in recipe.text_columns)
     contents = texts.read(recipe.texts, columns, recipe.skip_bad)
     tokenizer = models.load_tokenizer(folder)
-    length = min(recipe.length, int(read_json(folder / "config.json").get("max_position_embeddings", recipe.length)))
+    length = min(recipe.length, context(folder, recipe.length))
     rendered = tokens.render(tokenizer, contents.examples, length, recipe.completions_only, recipe.skip_bad)
     notes = [*rendered.notes]
     if length < recipe.length:
@@ -301,7 +307,12 @@ def prepare_texts(recipe: Recipe, say: Callable[[str], None]) -> Studio:
         listed = some([f"line {p.line} {p.message}" for p in left_out])
         notes.append(f"{len(left_out)} rows are left out: {listed}")
     by_line = {example.line: example for example in contents.examples}
-    train, held_out = split([(by_line[t.line], t) for t in rendered.examples], recipe.holdout, recipe.seed)
+    paired = [(by_line[t.line], t) for t in rendered.examples]
+    reward = None
+    if recipe.reward:
+        reward = rewarding(recipe.reward, contents, say)
+        paired = list({example.messages[:-1]: (example, t) for example, t in reversed(paired)}.values())[::-1]
+    train, held_out = split(paired, recipe.holdout, recipe.seed)
     if not held_out:
         notes.append("too few texts to hold some out: the held-out loss is measured on training texts")
     judged = held_out or train
@@ -320,17 +331,80 @@ def prepare_texts(recipe: Recipe, say: Callable[[str], None]) -> Studio:
     )
     space = tuned(model, recipe, notes)
     learnt = lambda part: [t for _, t in part]  # noqa: E731
+    if reward:
+        request = lambda e: Request(tuple(tokens.prompt_ids(tokenizer, e.messages[:-1])), e.messages[-2].content,  # noqa: E731
+                                    e.messages[-1].content)  # fmt: skip
+        task = Rewarded(model, tokenizer, reward, [request(e) for e, _ in train],
+                        [request(e) for e, _ in judged[: recipe.evaluate_items]],
+                        seed=recipe.seed, most=recipe.answer_tokens, device=device)  # fmt: skip
+    else:
+        task = Language(model, learnt(train), learnt(judged), questions, seed=recipe.seed, device=device)
     return Studio(
         recipe=recipe,
         code_hash=models.code_hash(model),
         model=model,
         space=space,
-        task=Language(model, learnt(train), learnt(judged), questions, seed=recipe.seed, device=device),
+        task=task,
         preview=Answering(model, tokenizer, prompts, plain),
         examples=len(train),
         held_out=len(held_out),
         notes=notes,
     )
+
+
+def prepare_task(recipe: Recipe, folder: Path, say: Callable[[str], None]) -> Studio:
+    """Of a recipe with a `task` of MeZO's table: its data set's own rows, from `texts` or the hub, as its templates
+    ask; trained as a choice among candidates where MeZO does."""
+    asked = templates.named(recipe.task)
+    if not recipe.texts:
+        say(f"reading {asked.repo} {asked.subset or ''} from the hub".replace("  ", " "))
+    found = templates.cases(asked, recipe.texts, "train")
+    device = pick_device(recipe.device)
+    tokenizer = models.load_tokenizer(folder)
+    length = min(recipe.length, context(folder, recipe.length))
+    most, total = round(TASK_ROWS / (1 - recipe.holdout)), len(found)
+    rng = np.random.Generator(np.random.Philox(key=recipe.seed))
+    found = [found[i] for i in rng.permutation(total)[:most]]
+    train, held_out = split(found, recipe.holdout, recipe.seed)
+    judged = (held_out or train)[: recipe.evaluate_items]
+    known = models.describe(recipe.model)
+    notes = [f"{len(train)} of {total} rows are learnt and {len(held_out)} held out, drawn by the seed"]
+    say(f"loading {known.title} in {recipe.quantization}")
+    model = models.load_language_model(
+        folder, quantization=recipe.quantization, device=device, dtype=pick_dtype(recipe.dtype, device)
+    )
+    space = tuned(model, recipe, notes)
+    choices = lambda part: [evaluation.question(tokenizer, case, length) for case in part if case.candidates]  # noqa: E731
+    if asked.classification:
+        task = Choosing(model, choices(train), choices(judged), seed=recipe.seed, device=device)
+    else:
+        learnt = lambda part: [evaluation.option(tokenizer, case.prompt, case.target, length) for case in part]  # noqa: E731
+        task = Language(model, learnt(train), learnt(judged), choices(judged), seed=recipe.seed, device=device)
+    return Studio(
+        recipe=recipe,
+        code_hash=models.code_hash(model),
+        model=model,
+        space=space,
+        task=task,
+        preview=Answering(model, tokenizer, [(Message("user", case.prompt),) for case in judged[:4]], True),
+        examples=len(train),
+        held_out=len(held_out),
+        notes=notes,
+    )
+
+
+def context(folder: Path, default: int) -> int:
+    """Tokens that a language model reads, at most."""
+    return int(read_json(folder / "config.json").get("max_position_embeddings", default))
+
+
+def rewarding(name: str, contents: texts.Contents, say: Callable[[str], None]) -> rewards.Reward:
+    """The reward of a recipe. Says what code it runs; raises RecipeError where there are no prompts to answer."""
+    if contents.mapping.form == "text":
+        raise RecipeError("a reward judges answers to prompts, and these texts are plain; give prompt and completion")
+    if rewards.is_file(name):
+        say(f"running the code of {name}: a reward of your own is a program with all that you may do")
+    return rewards.load(name)
 
 
 def tuned(model: torch.nn.Module, recipe: Recipe, notes: list[str]) -> Space:
@@ -408,26 +482,31 @@ class Training:
                 drawn[fresh] = task.batch(step, size, SEARCH if fresh else TRAINING)
             batch = drawn[fresh]
             rows = lambda index: outputs(batch.take(index.to(theta.device)))  # noqa: E731
-            prefix, space = self.prefixes[level], self.studio.space
+            prefix = self.prefixes[level] if outputs.__name__ in task.one_pass else None
+            space = self.studio.space
             if prefix and (level, fresh) not in replays:
                 with space.dressed(theta):
                     replays[level, fresh] = prefix.run(rows, size, self.rows)
             return evaluate(space, theta, probes, rows, self.rows, replays.get((level, fresh)))
 
         if isinstance(self.method, GaussNewton):
-            made, total = 0, recipe.batch_size * self.method.cost(step)
+            with self.studio.space.folded(theta):
+                drawn[False] = task.lesson(step, recipe.batch_size)
+            count, made = len(drawn[False]), 0
+            total = count * self.method.cost(step)
 
             def outcomes(level: int, probes: Probes, fresh: bool) -> Tensor:
                 nonlocal made
                 if fresh:
                     found = evaluated(task.losses, recipe.batch_size * FRESH, level, probes, fresh)[:, None]
                 else:
-                    found = evaluated(task.outcomes, recipe.batch_size, level, probes, fresh)
+                    found = evaluated(task.outcomes, count, level, probes, fresh)
                     made += len(probes.sign)
                 part(made / total)
                 return found
 
-            return self.method.advance(outcomes, recipe.batch_size)
+            record = self.method.advance(outcomes, count, recipe.batch_size * FRESH, task.dampings)
+            return task.told(record) if isinstance(task, Rewarded) else record
 
         def losses(probes: Probes, fresh: bool) -> Tensor:
             return evaluated(task.losses, recipe.batch_size, -1, probes, fresh).cpu()

@@ -11,6 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from zo_engine.newton import DAMPINGS
+
 GOLDEN = 0.6180339887498949  # the most even sequence of offsets: frac(k * GOLDEN)
 TRAINING, SEARCH, HELD_OUT = 1, 2, 3  # streams of randomness
 KEPT_WEIGHT = 3.0  # of an answer to be kept: it carries no noise, so one says as much as several pictures
@@ -101,6 +103,9 @@ def draw_sigma(
 class Diffusion:
     """Examples, and the losses and pictures of a transformer on them."""
 
+    one_pass = ("losses", "outcomes")  # pass through the model once, so that what lies before a level can be replayed
+    dampings = DAMPINGS
+
     def __init__(
         self,
         model: nn.Module,
@@ -155,6 +160,10 @@ class Diffusion:
         share = round(self.prior * size) if kept else 0
         chosen = [some[i] for some, n in ((group, size - share), (kept, share)) for i in turns(rng, len(some), n)]
         return self._batch(chosen, rng, (step * GOLDEN) % 1, self.caption_dropout)
+
+    def lesson(self, step: int, size: int) -> Batch:
+        """What a Gauss-Newton step learns from: the batch of the step."""
+        return self.batch(step, size)
 
     def evaluation(self, items: int) -> list[Batch]:
         """The fixed (picture, noise level, noise) items of the held-out loss, about `items` in all, by picture size."""

@@ -15,6 +15,7 @@ from torch.nn.functional import cross_entropy, pad
 from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.generation import TemperatureLogitsWarper, TopPLogitsWarper
 
+from zo_engine.newton import DAMPINGS
 from zo_engine.tasks.diffusion import TRAINING, turns
 from zo_engine.texts import Message
 from zo_engine.tokens import IGNORED, Tokens, beginning_ids, prompt_ids
@@ -34,10 +35,10 @@ class Batch:
         return len(self.tokens)
 
     def take(self, index: Tensor) -> "Batch":
-        return Batch(*(getattr(self, f.name)[index] for f in fields(self)))
+        return type(self)(*(getattr(self, f.name)[index] for f in fields(self)))
 
     def to(self, device: torch.device | str) -> "Batch":
-        return Batch(*(getattr(self, f.name).to(device) for f in fields(self)))
+        return type(self)(*(getattr(self, f.name).to(device) for f in fields(self)))
 
 
 def stack(examples: Sequence[Tokens], filler: int = 0) -> Batch:
@@ -120,6 +121,9 @@ class Question:
 class Language:
     """Examples, and the losses of a causal language model on them."""
 
+    one_pass = ("losses", "outcomes")  # pass through the model once, so that what lies before a level can be replayed
+    dampings = (*DAMPINGS[2:], 30.0, 100.0, 300.0, 1000.0)  # probabilities near 0 and 1 hide their curvature
+
     def __init__(
         self,
         model: PreTrainedModel,
@@ -138,6 +142,10 @@ class Language:
         """The batch of a step: a pure function of (seed, step, stream)."""
         rng = np.random.Generator(np.random.Philox(key=self.seed, counter=[0, 0, stream, step]))
         return stack([self.train[i] for i in turns(rng, len(self.train), size)]).to(self.device)
+
+    def lesson(self, step: int, size: int) -> Batch:
+        """What a Gauss-Newton step learns from: the batch of the step."""
+        return self.batch(step, size)
 
     def evaluation(self, items: int) -> list[Batch]:
         """The fixed examples of the held-out loss, `items` at most: examples of like length together."""
@@ -163,6 +171,61 @@ class Language:
     def tokens(self) -> int:
         """Tokens of the longest example."""
         return max(len(example.ids) for example in (*self.train, *self.held_out))
+
+
+@dataclass(frozen=True)
+class Choices:
+    """B questions with k choices each: `options[j]` holds everybody's choice j, `right` [B] which one it is."""
+
+    options: tuple[Batch, ...]
+    right: Tensor
+
+    def __len__(self) -> int:
+        return len(self.right)
+
+    def take(self, index: Tensor) -> "Choices":
+        return Choices(tuple(batch.take(index) for batch in self.options), self.right[index])
+
+
+class Choosing(Language):
+    """Learns which choice is right: the cross-entropy of softmax(mean log-likelihood of each choice's tokens), as MeZO
+    trains its classification tasks (arXiv:2305.17333, appendix E). All questions have equally many choices."""
+
+    one_pass = ()  # a pass for each choice
+
+    def __init__(self, model: PreTrainedModel, train: Sequence[Question], held_out: Sequence[Question], *, seed: int,
+                 device: torch.device | str = "cpu"):  # fmt: skip
+        super().__init__(model, [], [], held_out, seed=seed, device=device)
+        self.train, self.held_out = list(train), list(held_out)
+
+    def _stacked(self, questions: Sequence[Question]) -> Choices:
+        columns = zip(*(question.options for question in questions), strict=True)
+        right = torch.tensor([question.right for question in questions], device=self.device)
+        return Choices(tuple(stack(column).to(self.device) for column in columns), right)
+
+    def batch(self, step: int, size: int, stream: int = TRAINING) -> Choices:
+        rng = np.random.Generator(np.random.Philox(key=self.seed, counter=[0, 0, stream, step]))
+        return self._stacked([self.train[i] for i in turns(rng, len(self.train), size)])
+
+    def evaluation(self, items: int) -> list[Choices]:
+        chosen = self.held_out[:items]
+        return [self._stacked(chosen[i : i + 64]) for i in range(0, len(chosen), 64)]
+
+    def _scores(self, batch: Choices) -> Tensor:
+        """[B, k]"""
+        return -torch.stack([token_losses(self.model, option) for option in batch.options], 1)
+
+    def losses(self, batch: Choices) -> Tensor:
+        return cross_entropy(self._scores(batch), batch.right, reduction="none")
+
+    def outcomes(self, batch: Choices) -> Tensor:
+        """[B, 1 + k]: as `token_features`, of one choice among k in place of one token among the vocabulary."""
+        scores = self._scores(batch)
+        losses = cross_entropy(scores, batch.right, reduction="none")
+        return torch.cat([losses[:, None], (2 * scores.softmax(1)).sqrt()], 1)
+
+    def tokens(self) -> int:
+        return max(len(option.ids) for question in (*self.train, *self.held_out) for option in question.options)
 
 
 @torch.no_grad()
@@ -218,19 +281,50 @@ def answers(
     """
     texts = []
     begun = (lambda prompt: beginning_ids(tokenizer, prompt[0].content)) if plain else partial(prompt_ids, tokenizer)
-    filler = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     for start in range(0, len(prompts), together):
-        ids = [begun(prompt) for prompt in prompts[start : start + together]]
-        longest = max(map(len, ids))  # what the model writes must follow its prompt at once: padding goes to the left
-        tokens = torch.tensor([[filler or 0] * (longest - len(row)) + row for row in ids], device=model.device)
-        mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in ids], device=model.device)
-        processors = LogitsProcessorList()
-        if seeds is not None:
-            processors += [TemperatureLogitsWarper(temperature), TopPLogitsWarper(top_p)]
-            processors.append(GumbelNoise(seeds[start : start + together]))
-        found = model.generate(
-            input_ids=tokens, attention_mask=mask, logits_processor=processors, pad_token_id=filler,
-            max_new_tokens=most, do_sample=False, num_beams=1, temperature=None, top_p=None, top_k=None,
-        )  # fmt: skip
-        texts += tokenizer.batch_decode(found[:, longest:], skip_special_tokens=True)
+        tokens, mask = left_padded([begun(prompt) for prompt in prompts[start : start + together]], padding(tokenizer))
+        given = None if seeds is None else seeds[start : start + together]
+        found = generated(model, tokens.to(model.device), mask.to(model.device), padding(tokenizer), most, given,
+                          temperature, top_p)  # fmt: skip
+        texts += tokenizer.batch_decode(found, skip_special_tokens=True)
     return texts
+
+
+def padding(tokenizer: PreTrainedTokenizerBase) -> int:
+    """A token to fill up with; its mask is 0."""
+    return next((t for t in (tokenizer.pad_token_id, tokenizer.eos_token_id) if t is not None), 0)
+
+
+def left_padded(ids: Sequence[Sequence[int]], filler: int) -> tuple[Tensor, Tensor]:
+    """(tokens, mask) [B, T]: what the model writes must follow its prompt at once, so padding goes to the left."""
+    longest = max(map(len, ids))
+    tokens = torch.tensor([[filler] * (longest - len(row)) + list(row) for row in ids])
+    return tokens, torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in ids])
+
+
+@torch.no_grad()
+def generated(
+    model: PreTrainedModel,
+    tokens: Tensor,
+    mask: Tensor,
+    filler: int,
+    most: int,
+    seeds: Sequence[int] | None = None,
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+    ends: Sequence[int] | None = None,
+) -> Tensor:
+    """The tokens that follow left-padded prompts [B, T], at most `most`: [B, t], filled up behind each row's end.
+
+    Greedy without `seeds`; else sampled, one seed a row. ends: tokens that end an answer, if not the model's own.
+    """
+    processors = LogitsProcessorList()
+    if seeds is not None:
+        processors += [TemperatureLogitsWarper(temperature), TopPLogitsWarper(top_p)]
+        processors.append(GumbelNoise(seeds))
+    found = model.generate(
+        input_ids=tokens, attention_mask=mask, logits_processor=processors, pad_token_id=filler,
+        max_new_tokens=most, do_sample=False, num_beams=1, temperature=None, top_p=None, top_k=None,
+        **({} if ends is None else {"eos_token_id": list(ends)}),
+    )  # fmt: skip
+    return found[:, tokens.shape[1] :]
