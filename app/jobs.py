@@ -29,7 +29,7 @@ from filelock import FileLock
 from app.worker import WAITING
 from zo_engine import recipe as recipes
 from zo_engine.hub import CHECKOUT
-from zo_engine.run import Run, RunError, new_name, write_atomic
+from zo_engine.run import Run, RunError, after_boot, new_name, write_atomic
 
 PATIENCE = 120  # seconds that a process gets to leave its step and save, before it is ended
 PATIENCE_TO_END = 20  # seconds that a process gets to end once it has saved
@@ -53,9 +53,10 @@ class Job:
 
     def record(self) -> dict[str, Any]:
         try:
-            return json.loads(self.file.read_text())
-        except (FileNotFoundError, json.JSONDecodeError):
+            found = json.loads(self.file.read_text(encoding="utf-8"))
+        except (FileNotFoundError, ValueError, RecursionError):
             return {}
+        return found if isinstance(found, dict) else {}
 
     def start(self, *words: str, alone: bool = True) -> None:
         """Start `qzo WORDS` as a process of its own, `alone` on the device.
@@ -75,8 +76,9 @@ class Job:
                                          stdout=log, stderr=subprocess.STDOUT, start_new_session=True)  # fmt: skip
             _children.append(child)
             with suppress(psutil.NoSuchProcess):
-                started = psutil.Process(child.pid).create_time()
-                write_atomic(self.file, json.dumps({"pid": child.pid, "started": started, "words": words}))
+                process = psutil.Process(child.pid)
+                born = {"started": process.create_time(), "after_boot": after_boot(process)}
+                write_atomic(self.file, json.dumps({"pid": child.pid, **born, "words": words}))
 
     def process(self) -> psutil.Process | None:
         """The process of the record, if it still lives."""
@@ -84,8 +86,7 @@ class Job:
         record = self.record()
         try:
             process = psutil.Process(record["pid"])
-            same = abs(process.create_time() - record["started"]) < 1
-            return process if same and process.status() != psutil.STATUS_ZOMBIE else None
+            return process if _same(process, record) and process.status() != psutil.STATUS_ZOMBIE else None
         except (KeyError, psutil.NoSuchProcess, psutil.AccessDenied):
             return None
 
@@ -305,6 +306,12 @@ class Jobs:
         return "" if state in RESUMABLE else f"it is {state}"
 
 
+def _same(process: psutil.Process, record: dict[str, Any]) -> bool:
+    """Whether a process is the one of a record: by its start, also where the clock has been set since."""
+    by_clock = abs(process.create_time() - record["started"]) < 1
+    return by_clock or abs(after_boot(process) - record.get("after_boot", -1)) < 0.02
+
+
 def _time(status: dict[str, Any]) -> float:
     return datetime.fromisoformat(status["time"]).timestamp()
 
@@ -321,8 +328,7 @@ def _writer(status: dict[str, Any]) -> psutil.Process | None:
     """The process that wrote a status, if it lives: one of the same id and start."""
     try:
         process = psutil.Process(status["pid"])
-        began = process.create_time()
-        same = abs(began - status["started"]) < 1 if "started" in status else began <= _time(status) + 1
+        same = _same(process, status) if "started" in status else process.create_time() <= _time(status) + 1
         return process if same and process.status() != psutil.STATUS_ZOMBIE else None
-    except (KeyError, psutil.NoSuchProcess, psutil.AccessDenied):
+    except (KeyError, TypeError, ValueError, psutil.NoSuchProcess, psutil.AccessDenied):
         return None

@@ -52,7 +52,12 @@ class Media:
             return await PlainTextResponse("there is no such file", 404)(scope, receive, send)
         path, download = found
         headers = headers if not download else {"Cache-Control": "no-store"}
-        await FileResponse(path, headers=headers, filename=download or None)(scope, receive, send)
+        try:
+            content = path.stat()
+        except OSError:  # renamed or put away this moment
+            return await PlainTextResponse("there is no such file", 404)(scope, receive, send)
+        answer = FileResponse(path, headers=headers, filename=download or None, stat_result=content)
+        await answer(scope, receive, send)
 
     def example(self, kind: str = "", name: str = "", file: str = "") -> Path | None:
         """The picture of a bundled set, or None."""
@@ -64,7 +69,7 @@ class Media:
         """(path, name to save it under or ""), or None for whatever may not be seen."""
         if kind == "draft" and re.fullmatch(r"[0-9a-f]{20}\.webp", file) and name in self.drafts.names():
             path = self.drafts.root / name / "thumbs" / file
-            return (path, "") if path.is_file() else None
+            return (path, "") if path.is_file() and not path.is_symlink() else None
         if kind == "run" and (SHOWN.fullmatch(file) or TAKEN_HOME.fullmatch(file)) and name in self.jobs.names():
             path = self.jobs.runs / name / file
             inside = path.resolve().is_relative_to((self.jobs.runs / name).resolve())

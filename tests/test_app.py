@@ -499,7 +499,7 @@ def test_a_foreign_process_of_the_same_number_is_not_the_run(place):
     """Ids are given again after a restart: this one belongs to the test itself."""
     run = Run.create(place.runs / "old", Recipe())
     run.write_status("running", step=3)
-    status = run.status() | {"time": "2001-01-01T00:00:00+00:00", "started": 978307200.0}
+    status = run.status() | {"time": "2001-01-01T00:00:00+00:00", "started": 978307200.0, "after_boot": 1.0}
     (run.path / "status.json").write_text(json.dumps(status))
     job = place.jobs.job("old")
     job.file.parent.mkdir(parents=True)

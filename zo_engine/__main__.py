@@ -12,7 +12,7 @@ import click
 
 from zo_engine import __version__
 from zo_engine import recipe as recipes
-from zo_engine.run import Run, RunError, new_name, write_atomic
+from zo_engine.run import Run, RunError, new_name, said_by_disk, write_atomic
 
 CHECKOUT = Path(__file__).resolve().parent.parent
 DEMO = CHECKOUT / "styles" / "tarot" / "recipe.toml"
@@ -104,20 +104,23 @@ def start(run: Run, recipe: recipes.Recipe | None, runs_dir: Path, as_json: bool
         say(f"note: {note}")
     with run.lock(), run.heartbeat(), training.stop_signals() as stop, progress(studio.recipe.steps, as_json) as report:
         base = {"model": studio.recipe.model, "code_hash": studio.code_hash}
-        if recipe:
+        expected = run.base().get("code_hash")
+        if expected is None:  # a new run, or one that was killed before it got here
             run.write_base(**base)
-        elif (expected := run.base().get("code_hash")) not in (None, studio.code_hash):
+        elif expected != studio.code_hash:
             raise RunError(
                 f"{run.path} was trained on other codes ({expected[:12]}) than {studio.recipe.model} has now "
                 f"({studio.code_hash[:12]}): the model has changed, so the run cannot go on"
             )
         what = f"{studio.space.layout.size:,} numbers"
         what += f" after the first {first} blocks" if (first := studio.untouched) else ""
+        for sentence in run.recover():
+            say(f"note: {sentence}")
         say(f"training {what} on {studio.examples} {studio.preview.unit}; run folder {run.path}")
         try:
             return training.train(run, studio, report, stop)
         except (training.TrainingError, OSError) as error:
-            run.write_failure(str(error))
+            run.write_failure(said_by_disk(error) if isinstance(error, OSError) else str(error))
             raise
 
 
@@ -409,6 +412,24 @@ def inspect(source: Path, as_json: bool) -> None:
 
 
 @cli.command()
+@source_argument
+@model_option
+@device_option
+@click.option("--rows", type=click.IntRange(0), default=0, help="Rows of one forward pass.  [default: the recipe's]")
+@json_option
+@click.pass_obj
+def verify(runs_dir: Path, source: Path, model: str, device: str, rows: int, as_json: bool) -> None:
+    """Examine SOURCE, a run or a style: checksums, replay, held-out loss. Exit code 1 if one is not as it should be."""
+    from zo_engine.verify import verify as examine
+
+    quiet()
+    say = lambda text: click.echo(text, err=True)  # noqa: E731
+    report = examine(source, runs_dir / ".cache", model=model, device=device, rows=rows, say=say)
+    click.echo(json.dumps(report.facts()) if as_json else report.text())
+    sys.exit(0 if report.sound else 1)
+
+
+@cli.command()
 @click.argument("model")
 @json_option
 def download(model: str, as_json: bool) -> None:
@@ -462,7 +483,13 @@ def ui(runs_dir: Path, host: str, port: int, auth: str, folder: Path | None) -> 
 def main() -> None:
     """Run the command line: what the user can mend is one sentence and exit code 2, never a traceback."""
     try:
-        cli(prog_name="qzo")
+        if code := cli(prog_name="qzo", standalone_mode=False):
+            sys.exit(code)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except click.Abort:  # a second Ctrl-C, or one while nothing is being trained
+        fail("stopped at once; the journal is whole up to the last step", INTERRUPTED)
     except ValueError as error:
         if not type(error).__module__.startswith("zo_engine"):
             raise  # not one of our sentences: a defect, to be seen whole
@@ -470,9 +497,7 @@ def main() -> None:
     except OSError as error:
         if error.errno is None:
             raise
-        fail(f"{error.filename or 'the disk'}: {error.strerror.lower()}; what was saved before is still there", 2)
-    except KeyboardInterrupt:
-        fail("stopped at once; the journal is whole up to the last step", INTERRUPTED)
+        fail(said_by_disk(error), 2)
 
 
 def quiet() -> None:

@@ -5,16 +5,15 @@ The encoders are loaded only when something is missing, and released before anyt
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from zo_engine import sealed
 from zo_engine.dataset import Picture, fit, open_picture
+from zo_engine.hub import ModelError
 
 
 def model_key(folder: Path, parts: Iterable[str]) -> str:
@@ -31,23 +30,21 @@ def model_key(folder: Path, parts: Iterable[str]) -> str:
 
 
 class Cache:
-    """A folder of small safetensors files. A file that cannot be read is made again."""
+    """A folder of small sealed files. One that is damaged, or holds something else, is made again."""
 
     def __init__(self, folder: Path):
         self.folder = Path(folder)
 
-    def get(self, key: str) -> dict[str, Tensor] | None:
+    def get(self, key: str, *names: str) -> dict[str, Tensor] | None:
+        """The tensors of these names, or None where there are none that can be trusted."""
         try:
-            return load_file(self._path(key))
-        except (FileNotFoundError, SafetensorError):
+            tensors, _ = sealed.read(self._path(key))
+        except (FileNotFoundError, sealed.DamageError):
             return None
+        return tensors if set(tensors) == set(names) else None
 
     def put(self, key: str, tensors: dict[str, Tensor]) -> None:
-        path = self._path(key)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_suffix(f".{os.getpid()}.tmp")
-        save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, temporary)
-        os.replace(temporary, path)
+        sealed.write(self._path(key), tensors, {})
 
     def _path(self, key: str) -> Path:
         return self.folder / key[:2] / f"{key}.safetensors"
@@ -70,7 +67,7 @@ def latents(
         _key("latents", model, hashlib.sha256(picture.path.read_bytes()).hexdigest(), bucket)
         for picture, bucket in pictures
     ]
-    found = [cache.get(key) for key in keys]
+    found = [cache.get(key, "latents") for key in keys]
     if any(f is None for f in found):
         vae = load_vae()
         weight = next(vae.parameters())
@@ -78,6 +75,7 @@ def latents(
             if found[i] is None:
                 pixels = _pixels(fit(open_picture(picture.path), bucket)).to(weight.device, weight.dtype)
                 found[i] = {"latents": encode(vae, pixels[None])[0].float().cpu()}
+                _prove_finite(found[i], f"the autoencoder of {folder}", picture.path.name)
                 cache.put(keys[i], found[i])
     return [f["latents"] for f in found]
 
@@ -108,7 +106,7 @@ def embeddings(
     parts = ["tokenizer", "tokenizer_2", "tokenizer_3", "text_encoder", "text_encoder_2", "text_encoder_3"]
     model = model_key(folder, parts)
     keys = {prompt: _key("text", model, text_length, held, prompt) for prompt in dict.fromkeys(prompts)}
-    found = {prompt: cache.get(key) for prompt, key in keys.items()}
+    found = {prompt: cache.get(key, "prompt", "pooled") for prompt, key in keys.items()}
     missing = [prompt for prompt, value in found.items() if value is None]
     if missing:
         encoders = load_encoders()
@@ -118,8 +116,17 @@ def embeddings(
                     prompt, None, None, do_classifier_free_guidance=False, max_sequence_length=text_length
                 )
             found[prompt] = {"prompt": embeds[0].float().cpu(), "pooled": pooled[0].float().cpu()}
+            _prove_finite(found[prompt], f"a text encoder of {folder}", repr(prompt))
             cache.put(keys[prompt], found[prompt])
         del encoders
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
     return {prompt: (value["prompt"], value["pooled"]) for prompt, value in found.items()}
+
+
+def _prove_finite(tensors: dict[str, Tensor], who: str, what: str) -> None:
+    """What is not finite is never kept: it would come back, and the loss with it, at every later run."""
+    if not all(tensor.isfinite().all() for tensor in tensors.values()):
+        raise ModelError(
+            f"{who} makes numbers of {what} that are not finite; its weights are damaged: download the model again"
+        )

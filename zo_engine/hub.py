@@ -279,7 +279,8 @@ def is_language(folder: Path) -> bool:
     folder = Path(folder)
     if (folder / "model_index.json").exists() or not (folder / "config.json").exists():
         return False
-    classes = read_json(folder / "config.json").get("architectures") or []
+    classes = read_json(folder / "config.json").get("architectures")
+    classes = classes if isinstance(classes, list) else []
     return any(str(name).endswith(LANGUAGE_CLASSES) for name in classes)
 
 
@@ -318,6 +319,9 @@ def find_weights(folder: Path) -> tuple[list[str], list[Path]]:
         weight_map = read_json(folder / indices[0]).get("weight_map")
         if not (isinstance(weight_map, dict) and weight_map):
             raise ModelError(f"{folder / indices[0]} is damaged: it has no weight_map; download the model again")
+        for name in weight_map.values():  # a name, never a path
+            if not (isinstance(name, str) and WEIGHTS.fullmatch(name) and name.endswith(".safetensors")):
+                raise ModelError(f"{folder / indices[0]} is damaged: it names {str(name)[:80]!r} as a file of weights")
         shards = [folder / name for name in sorted(set(weight_map.values()))]
         for shard in shards:
             if not shard.is_file():
@@ -343,6 +347,8 @@ def check_index(folder: Path, listed: list[str], found: set[str]) -> None:
 
 def open_shard(path: Path, framework: str):
     """An open safetensors file, only its header read."""
+    if not path.is_file():  # opening a pipe would wait for ever
+        raise ModelError(f"{path} is not a regular file; download the model again")
     try:
         return safe_open(path, framework=framework)
     except SafetensorError as error:
@@ -354,26 +360,39 @@ def open_shard(path: Path, framework: str):
 
 def pixel_multiple(folder: Path) -> int:
     """Pictures' sides must be multiples of this: pixels of a latent times latents of a patch."""
-    return vae_scale(folder) * read_json(Path(folder) / "transformer" / "config.json")["patch_size"]
+    config = Path(folder) / "transformer" / "config.json"
+    patch = read_json(config).get("patch_size")
+    if type(patch) is not int or not 1 <= patch <= 64:
+        raise ModelError(f"{config} is damaged: its patch_size is {patch!r}")
+    return vae_scale(folder) * patch
 
 
 def vae_scale(folder: Path) -> int:
     """Pixels of a latent."""
-    return 2 ** (len(read_json(Path(folder) / "vae" / "config.json")["block_out_channels"]) - 1)
+    config = Path(folder) / "vae" / "config.json"
+    blocks = read_json(config).get("block_out_channels")
+    if not isinstance(blocks, list) or not 1 <= len(blocks) <= 8:
+        raise ModelError(f"{config} is damaged: its block_out_channels are {str(blocks)[:80]}")
+    return 2 ** (len(blocks) - 1)
 
 
 def text_length(folder: Path) -> int:
     """T5 tokens of a prompt: what the tokenizer allows, at most the 256 of diffusers' SD3 pipeline."""
-    found = read_json(Path(folder) / "tokenizer_3" / "tokenizer_config.json").get("model_max_length", 256)
-    return min(256, int(found))
+    config = Path(folder) / "tokenizer_3" / "tokenizer_config.json"
+    found = read_json(config).get("model_max_length", 256)
+    if type(found) not in (int, float) or not found >= 1:
+        raise ModelError(f"{config} is damaged: its model_max_length is {found!r}")
+    return int(min(256, found))
 
 
 def read_json(path: Path) -> dict:
+    if path.exists() and not path.is_file():  # opening a pipe would wait for ever
+        raise ModelError(f"{path} is damaged: it is not a regular file")
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise ModelError(f"{path} is missing: the model folder is not complete") from error
-    except ValueError as error:  # not JSON, or not UTF-8
+    except (ValueError, RecursionError) as error:  # not JSON, or not UTF-8
         raise ModelError(f"{path} is damaged: it is not JSON ({error})") from error
     if not isinstance(value, dict):
         raise ModelError(f"{path} is damaged: it holds a {type(value).__name__} where an object is expected")

@@ -2,7 +2,9 @@
 
 import json
 import math
-from dataclasses import dataclass, fields
+import re
+import zlib
+from dataclasses import MISSING, dataclass, fields
 from typing import Any
 
 import numpy as np
@@ -61,16 +63,68 @@ class Move(Record):
 
 
 def read(line: str) -> Record:
-    """A line of the journal. Raises ValueError (json.JSONDecodeError, too), KeyError or TypeError for anything else."""
-    found = json.loads(line)
+    """A line of the journal. Raises JournalError for anything else."""
+    return record(unseal(line))
+
+
+def record(found: dict[str, Any]) -> Record:
+    """The record of a line's values. Raises JournalError where one is missing, or is no number."""
     kind = Move if "size" in found else Step
-    return kind(**{f.name: _number(found.get(f.name, [])) for f in fields(kind)})
+    values = {}
+    for f in fields(kind):
+        several = f.type == tuple[float, ...]
+        if f.name not in found and not several and f.default is MISSING:
+            raise JournalError(f"has no {f.name}")
+        value = found.get(f.name, [] if several else f.default)
+        numbers = value if several and isinstance(value, list) else [value]
+        fits = type(value) is int and value >= 0 if f.type is int else all(map(_is_number, numbers))
+        if not fits or several != isinstance(value, list):
+            raise JournalError(f"has {str(value)[:40]!r} as its {f.name}")
+        values[f.name] = _number(value)
+    return kind(**values)
+
+
+# A line ends with a checksum of itself, so that a bit that flips on a disk is noticed and not trained on.
+_SEAL = re.compile(r', "crc": "([0-9a-f]{8})"\}$')
+
+
+class JournalError(ValueError):
+    """A line that is not as it was written; what is wrong, made to stand behind its number."""
+
+
+def seal(line: str) -> str:
+    """A line of JSON, an object, with its checksum at its end."""
+    return f'{line[:-1]}, "crc": "{zlib.crc32(line.encode()):08x}"}}'
+
+
+def unseal(line: str) -> dict[str, Any]:
+    """The values of a line. One without a checksum, from before there were any, is taken as it is.
+
+    Raises JournalError if the line does not fit its checksum, or is no object.
+    """
+    if match := _SEAL.search(line):
+        line = line[: match.start()] + "}"
+        if zlib.crc32(line.encode()) != int(match[1], 16):
+            raise JournalError("is damaged: its checksum does not fit")
+    try:
+        found = json.loads(line)
+    except (ValueError, RecursionError):
+        raise JournalError("is damaged: it is not JSON") from None
+    if not isinstance(found, dict):
+        raise JournalError("is damaged: it is not an object")
+    if "crc" in found:
+        raise JournalError("is damaged: its checksum is not at its end")
+    return found
 
 
 def _plain(value: Any) -> Any:
     if isinstance(value, tuple):
         return [_plain(v) for v in value]
     return value if math.isfinite(value) else None
+
+
+def _is_number(value: Any) -> bool:
+    return value is None or (type(value) in (int, float) and abs(value) < 2**1000)
 
 
 def _number(value: Any) -> Any:

@@ -4,6 +4,7 @@
 parts there are. `locate`, `MODELS`, `ModelError` and others are theirs, given here as well.
 """
 
+import glob
 import json
 import os
 import shutil
@@ -14,6 +15,7 @@ from functools import partial
 from pathlib import Path
 
 import diffusers
+import psutil
 import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
 from torch import nn
@@ -44,7 +46,15 @@ from zo_engine.hub import (
     vae_scale,
 )
 from zo_engine.packed import PackedLinear, saved_scales, write_scales
-from zo_engine.quantize import READ, code_hash, load_quantized, quantization_of, quantized_layers
+from zo_engine.quantize import (
+    IMPOSSIBLE,
+    READ,
+    code_hash,
+    first_line,
+    load_quantized,
+    quantization_of,
+    quantized_layers,
+)
 
 __all__ = [
     "MODELS",
@@ -96,7 +106,8 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     folder = Path(folder)
     if not any((folder / name).exists() for name in TOKENIZERS):
         raise ModelError(f"{folder} has no tokenizer (tokenizer.json or tokenizer.model); download the model again")
-    return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    with _whole(folder):
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
 
 
 def encoders_for(folder: Path, device: torch.device, dtype: torch.dtype) -> tuple[str, Callable]:
@@ -107,9 +118,10 @@ def encoders_for(folder: Path, device: torch.device, dtype: torch.dtype) -> tupl
 
 def load_vae(folder: Path, *, device: Device = "cpu", dtype: torch.dtype = torch.float32) -> AutoencoderKL:
     part = Path(folder) / "vae"
-    vae, info = AutoencoderKL.from_pretrained(
-        part, torch_dtype=dtype, use_safetensors=True, local_files_only=True, output_loading_info=True
-    )
+    with _whole(part):
+        vae, info = AutoencoderKL.from_pretrained(
+            part, torch_dtype=dtype, use_safetensors=True, local_files_only=True, output_loading_info=True
+        )
     _complete(part, info)
     return vae.to(device).eval().requires_grad_(False)
 
@@ -127,7 +139,8 @@ def load_text_encoders(
         kind = quantization if encoder is T5EncoderModel else "none"
         parts[name] = _text_encoder(encoder, folder / name, kind, device, dtype)
         name = name.replace("text_encoder", "tokenizer")
-        parts[name] = tokenizer.from_pretrained(folder / name, local_files_only=True)
+        with _whole(folder / name):
+            parts[name] = tokenizer.from_pretrained(folder / name, local_files_only=True)
     return StableDiffusion3Pipeline(transformer=None, scheduler=None, vae=None, **parts)
 
 
@@ -135,15 +148,16 @@ def _text_encoder(cls: type, part: Path, quantization: str, device: Device, dtyp
     options = {}
     if quantization != "none" and "quantization_config" not in read_json(part / "config.json"):
         options["quantization_config"] = _bitsandbytes(quantization, dtype)  # else transformers takes what is there
-    model, info = cls.from_pretrained(
-        part,
-        dtype=dtype,
-        device_map={"": device},
-        use_safetensors=True,
-        local_files_only=True,
-        output_loading_info=True,
-        **options,
-    )
+    with _whole(part):
+        model, info = cls.from_pretrained(
+            part,
+            dtype=dtype,
+            device_map={"": device},
+            use_safetensors=True,
+            local_files_only=True,
+            output_loading_info=True,
+            **options,
+        )
     _complete(part, info)
     for layer in quantized_layers(model).values():
         layer.support_avx512bf16_for_cpu = False  # that kernel computes in bf16, whatever dtype was asked for
@@ -154,6 +168,17 @@ def _bitsandbytes(quantization: str, dtype: torch.dtype) -> BitsAndBytesConfig:
     if quantization == "int8":
         return BitsAndBytesConfig(load_in_8bit=True)
     return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type=quantization, bnb_4bit_compute_dtype=dtype)
+
+
+@contextmanager
+def _whole(part: Path) -> Iterator[None]:
+    """What a library says of a part that it cannot load, as one sentence; a device without memory stays one."""
+    try:
+        yield
+    except (*IMPOSSIBLE, OSError) as error:
+        if isinstance(error, torch.OutOfMemoryError | torch.AcceleratorError) or "allocate memory" in str(error):
+            raise
+        raise ModelError(f"{part} cannot be loaded ({first_line(error)}); download the model again") from error
 
 
 def _complete(part: Path, info: dict) -> None:
@@ -230,6 +255,9 @@ def _appearing(out: Path) -> Iterator[Path]:
         raise ModelError(f"{out} exists already; remove it, or choose another name")
     out.parent.mkdir(parents=True, exist_ok=True)
     work = out.with_name(f".{out.name}.{os.getpid()}.tmp")
+    for left in out.parent.glob(f".{glob.escape(out.name)}.*.tmp"):  # of a process that was killed at it
+        if (number := left.suffixes[-2][1:]).isdecimal() and not psutil.pid_exists(int(number)):
+            shutil.rmtree(left, ignore_errors=True)
     try:
         work.mkdir()
         yield work

@@ -33,6 +33,7 @@ from accelerate import init_empty_weights
 from accelerate.utils import set_module_tensor_to_device
 from bitsandbytes.functional import QuantState, dequantize_blockwise, int8_vectorwise_quant, quantize_4bit
 from bitsandbytes.nn import Int8Params, Linear4bit, Linear8bitLt, Params4bit
+from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 from transformers.quantizers.base import get_keys_to_not_convert
 from transformers.quantizers.quantizers_utils import should_convert_module
@@ -50,6 +51,8 @@ BLOCK = 64  # weights per NF4/FP4 scale: what bitsandbytes, diffusers and transf
 
 # What older versions of transformers saved, and now compute
 IGNORED = (r"rotary_emb\.inv_freq$", r"\.masked_bias$", r"\.attn\.bias$")
+# What diffusers and transformers raise for a class that they do not know, or for settings that make no model.
+IMPOSSIBLE = (ValueError, TypeError, KeyError, AttributeError, ArithmeticError, RuntimeError, StrictDataclassError)
 
 # In fp32, int8 layers would say at every forward that they cast to fp16.
 logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
@@ -145,7 +148,10 @@ def load_quantized(
 def _refuse_others(folder: Path, config: dict) -> None:
     if "peft_type" in config or (folder / "adapter_config.json").exists():
         raise ModelError(f"{folder} is a LoRA or another adapter; give the folder of the model that it was made for")
-    method = (config.get("quantization_config") or {}).get("quant_method", "bitsandbytes")
+    quantization = config.get("quantization_config") or {}
+    if not isinstance(quantization, dict):
+        raise ModelError(f"{folder / 'config.json'} is damaged: its quantization_config is {str(quantization)[:40]}")
+    method = quantization.get("quant_method", "bitsandbytes")
     if method not in ("bitsandbytes", *READ):
         raise ModelError(
             f"{folder} is quantised by {method!r}; possible are bitsandbytes (nf4, fp4, int8), {' and '.join(READ)}, "
@@ -163,21 +169,31 @@ def _empty_model(folder: Path, config: dict, dtype: torch.dtype) -> nn.Module:
         raise ModelError(
             f"{folder / 'config.json'} names the class {name!r}, which diffusers {diffusers.__version__} does not have"
         )
-    return cls.from_config(config)
+    try:
+        return cls.from_config(config)
+    except IMPOSSIBLE as error:
+        raise ModelError(
+            f"{folder / 'config.json'} is damaged: no {name} can be made of it ({first_line(error)}); download it again"
+        ) from error
 
 
 def _language_model(folder: Path, dtype: torch.dtype) -> transformers.PreTrainedModel:
     try:
         config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
-    except (ValueError, KeyError) as error:  # what transformers raises for a class or a setting that it does not know
+        if (folder / "generation_config.json").exists():
+            model.generation_config = transformers.GenerationConfig.from_pretrained(folder, local_files_only=True)
+    except (*IMPOSSIBLE, OSError) as error:  # the last where a file is no JSON
         raise ModelError(
             f"{folder / 'config.json'} is not that of a language model of transformers {transformers.__version__}: "
-            f"{str(error).splitlines()[0]}"
+            f"{first_line(error)}"
         ) from error
-    if (folder / "generation_config.json").exists():
-        model.generation_config = transformers.GenerationConfig.from_pretrained(folder, local_files_only=True)
     return model
+
+
+def first_line(error: Exception) -> str:
+    """What an error of another library says, short enough for a sentence."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
 
 
 def _own_tensors(model: nn.Module) -> dict[str, Tensor]:

@@ -145,7 +145,8 @@ def _checked(field: dataclasses.Field, value: Any) -> Any:
     if type(value) is not kind:
         words = {str: "a text", int: "a whole number", float: "a number", bool: "true or false"}[kind]
         raise RecipeError(f"{field.name} must be {words}, not {value!r}")
-    if kind in (int, float) and not (meta["low"] <= value <= meta["high"] and value < math.inf):  # NaN fails all
+    within = min(meta["high"], 2**63 - 1) if kind is int else meta["high"]  # what other libraries take as a number
+    if kind in (int, float) and not (meta["low"] <= value <= within and value < math.inf):  # NaN fails all
         raise RecipeError(f"{field.name} = {value} is outside of {_range(meta)}")
     if meta["choices"] and value not in meta["choices"]:
         raise RecipeError(f"{field.name} = {value!r} is not possible; choose from {', '.join(meta['choices'])}")
@@ -171,6 +172,8 @@ def make(values: dict[str, Any], source: str = "the recipe") -> Recipe:
 def load(path: Path) -> Recipe:
     """Read a TOML recipe; `images`, a `texts` file and a `model` folder are meant from there. Raises RecipeError."""
     path = Path(path)
+    if path.exists() and not path.is_file() and not path.is_dir():  # opening a pipe would wait for ever
+        raise RecipeError(f"{path} cannot be read as a recipe: it is not a regular file")
     try:
         text = path.read_text(encoding="utf-8-sig")  # some editors begin with a byte order mark
         values = tomllib.loads(text)
@@ -180,8 +183,10 @@ def load(path: Path) -> Recipe:
         raise RecipeError(f"{path} cannot be read as a recipe: {error.strerror}") from None
     except UnicodeDecodeError:
         raise RecipeError(f"{path} is not a text file in UTF-8") from None
-    except tomllib.TOMLDecodeError as error:
+    except ValueError as error:  # tomllib's own, or a plain one of an impossible date
         raise RecipeError(f"{path} is not valid TOML: {error}") from None
+    except RecursionError:
+        raise RecipeError(f"{path} is not valid TOML: it is nested too deeply") from None
     recipe = make(values, str(path))
     return dataclasses.replace(
         recipe,

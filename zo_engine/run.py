@@ -15,6 +15,7 @@ runs/<name>/
   style.safetensors  the result; style-journal.safetensors, the same as a journal
 """
 
+import errno
 import json
 import math
 import os
@@ -24,14 +25,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import psutil
 from filelock import FileLock, Timeout
 
 from zo_engine import journal
 from zo_engine import recipe as recipes
-from zo_engine.journal import Record
+from zo_engine.journal import JournalError, Record
 
 STATES = ("running", "stopped", "done", "failed")
 REQUESTS = ("preview", "save")  # what may be asked of a run while it trains
@@ -43,7 +44,7 @@ class RunError(ValueError):
 
 
 def write_atomic(path: Path, data: bytes | str) -> None:
-    """Written whole or not at all: to a temporary name beside it, flushed to disk, then renamed."""
+    """Written whole or not at all: to a temporary name beside it, flushed to disk, then renamed, and that flushed."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.{os.getpid()}.{threading.get_ident()}.tmp")
     try:
@@ -52,8 +53,35 @@ def write_atomic(path: Path, data: bytes | str) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+        _sync_folder(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _sync_folder(folder: Path) -> None:
+    """The names in a folder, on disk: without it a power cut may take a rename back, and what was appended since."""
+    if os.name != "posix":  # elsewhere a folder cannot be opened
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # a file system that has no such thing
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def after_boot(process: psutil.Process) -> float:
+    """Seconds from the machine's start to a process's. Unlike its start by the clock, it stays as it is when the clock
+    is set."""
+    return round(process.create_time() - psutil.boot_time(), 2)
+
+
+def said_by_disk(error: OSError) -> str:
+    """What a disk refused, as one sentence."""
+    why = (error.strerror or str(error)).lower()
+    return f"{error.filename or 'the disk'}: {why}; what was saved before is still there"
 
 
 class Run:
@@ -78,7 +106,8 @@ class Run:
         run = cls(path)
         if run.recipe_file.exists():
             raise RunError(f"{path} already holds a run; continue it with `qzo resume {path}`, or choose another --out")
-        if run.path.exists() and (not run.path.is_dir() or any(run.path.iterdir())):
+        left = (file for file in run.path.iterdir() if file.suffix != ".tmp") if run.path.is_dir() else ()
+        if run.path.exists() and (not run.path.is_dir() or any(left)):
             raise RunError(f"{path} exists and is not an empty folder; choose another --out")
         write_atomic(run.recipe_file, recipes.dump(recipe))
         return run
@@ -150,25 +179,38 @@ class Run:
         assert state in STATES
         now = datetime.now().astimezone().isoformat(timespec="seconds")
         facts = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in facts.items()}
-        who = {"pid": os.getpid(), "started": psutil.Process().create_time()}
+        process = psutil.Process()
+        who = {"pid": process.pid, "started": process.create_time(), "after_boot": after_boot(process)}
         write_atomic(self.path / "status.json", json.dumps({"state": state, "time": now, **who, **facts}))
 
     def write_failure(self, reason: str) -> None:
         """The run stands as failed, with the reason; a disk too full even for this keeps the old status."""
-        with suppress(OSError):
-            last = {k: v for k, v in self.status().items() if k not in ("state", "time", "pid", "started")}
+        with suppress(OSError, RunError):
+            own = ("state", "time", "pid", "started", "after_boot")
+            last = {k: v for k, v in self.status().items() if k not in own}
             self.write_status("failed", **last | {"reason": reason})
 
     def status(self) -> dict[str, Any]:
-        return self._json("status.json")
+        found = self._json("status.json")
+        try:
+            if found and found["state"] in STATES:
+                datetime.fromisoformat(found["time"])
+                return found
+        except (KeyError, TypeError, ValueError):
+            pass
+        return self._damaged("status.json") if found else {}
 
     def _json(self, name: str) -> dict[str, Any]:
         try:
-            return json.loads((self.path / name).read_text())
+            found = json.loads((self.path / name).read_text(encoding="utf-8"))
         except FileNotFoundError:
             return {}
-        except (json.JSONDecodeError, UnicodeDecodeError):
-            raise RunError(f"{self.path / name} is damaged; it can be deleted, the journal holds the run") from None
+        except (ValueError, RecursionError):  # not JSON, or not UTF-8
+            found = None
+        return found if isinstance(found, dict) else self._damaged(name)
+
+    def _damaged(self, name: str) -> NoReturn:
+        raise RunError(f"{self.path / name} is damaged; it can be deleted, the journal holds the run")
 
     def log(self, text: str) -> None:
         stamp = datetime.now().strftime("%Y-%m-%d %H:%M:%S")
@@ -182,32 +224,96 @@ class Run:
 
     def journal(self) -> list[Record]:
         """Every whole line; a last line torn by a crash is left out. Raises RunError for damage before that."""
-        return [journal.read(line) for line in self._lines(self.journal_file)]
+        return self._whole(self.journal_file, *self._read_journal())
 
     def append_evaluation(self, facts: dict[str, Any]) -> None:
         _append(self.evaluations_file, json.dumps(facts))
 
     def evaluations(self) -> list[dict[str, Any]]:
-        return [json.loads(line) for line in self._lines(self.evaluations_file)]
+        """Every whole line, in the order of their making. Raises RunError for damage."""
+        return self._whole(self.evaluations_file, *self._read_evaluations())
+
+    def recover(self) -> list[str]:
+        """Make a run that was broken off, or damaged, one that can go on: torn ends are cut, the journal ends before
+        its first damaged line, and what goes beyond it goes. Gives a sentence for all that is dropped; whole lines
+        are kept in *.damaged. The caller holds the lock.
+
+        Every step is a function of the one before it, so what is dropped is made again, the same.
+        """
+        for left in (*self.path.glob("*.tmp"), *self.path.glob("*/*.tmp"), *self.path.glob("*/*/*.tmp")):
+            left.unlink(missing_ok=True)  # of a process that is gone: this one has the lock
+        said = []
+        records, problems = self._read_journal()
+        if problems:
+            number, why = problems[0]
+            said.append(
+                f"line {number} of {self.journal_file.name} {why}: the steps from {len(records)} on are made again"
+            )
+            self._set_aside(self.journal_file)
+            self.last_file.unlink(missing_ok=True)  # of steps that are no more
+            self.best_file.unlink(missing_ok=True)
+        facts, wrong = self._read_evaluations()
+        if wrong:
+            number, why = wrong[0]
+            said.append(f"line {number} of {self.evaluations_file.name} {why}: it is measured again")
+            self._set_aside(self.evaluations_file)
+        for sentence in said:
+            self.log(sentence)
+        self._trim(records, facts)
+        return said
 
     def trim(self, step: int) -> None:
-        """Cut torn ends, and evaluations made after `step`, so that a resumed run goes on from whole lines."""
+        """Cut torn ends, and what was made after `step`."""
+        self._trim(self.journal()[:step], [fact for fact in self.evaluations() if fact["step"] <= step])
+
+    def _trim(self, records: list[Record], facts: list[dict[str, Any]]) -> None:
         # record n makes step n + 1 of theta; an evaluation is of theta after that many steps
-        for file, last in ((self.journal_file, step - 1), (self.evaluations_file, step)):
-            if file.exists():
-                kept = [line for line in self._lines(file) if json.loads(line)["step"] <= last]
-                write_atomic(file, "".join(f"{line}\n" for line in kept))
+        by_step = {fact["step"]: fact for fact in facts if fact["step"] <= len(records)}
+        self._rewrite(self.journal_file, [record.to_json() for record in records])
+        self._rewrite(self.evaluations_file, [json.dumps(by_step[step]) for step in sorted(by_step)])
+
+    def _rewrite(self, file: Path, lines: list[str]) -> None:
+        text = "".join(f"{journal.seal(line)}\n" for line in lines)
+        if file.exists() and file.read_bytes() != text.encode():
+            write_atomic(file, text)
+
+    def _set_aside(self, file: Path) -> None:
+        write_atomic(file.with_name(f"{file.name}.damaged"), file.read_bytes())
+
+    def _read_journal(self) -> tuple[list[Record], list[tuple[int, str]]]:
+        """The records up to the first line that cannot be used, and (number, what is wrong) of that line."""
+        records = []
+        for number, line in enumerate(self._lines(self.journal_file), 1):
+            try:
+                found = journal.read(line)
+                if found.step != len(records):
+                    raise JournalError(f"is of step {found.step}, and step {len(records)} is next")
+            except JournalError as error:
+                return records, [(number, str(error))]
+            records.append(found)
+        return records, []
+
+    def _read_evaluations(self) -> tuple[list[dict[str, Any]], list[tuple[int, str]]]:
+        """The evaluations that can be used, and (number, what is wrong) of other lines."""
+        found, problems = [], []
+        for number, line in enumerate(self._lines(self.evaluations_file), 1):
+            try:
+                found.append(_evaluation(line))
+            except JournalError as error:
+                problems.append((number, str(error)))
+        return found, problems
+
+    def _whole(self, file: Path, found: list, problems: list[tuple[int, str]]) -> list:
+        if problems:
+            number, why = problems[0]
+            raise RunError(f"line {number} of {file} {why}; `qzo resume` goes on from what is whole")
+        return found
 
     def _lines(self, file: Path) -> list[str]:
         if not file.exists():
             return []
         lines = file.read_text(encoding="utf-8", errors="replace").split("\n")
         lines.pop()  # what follows the last newline: nothing, or a torn line
-        for number, line in enumerate(lines, 1):
-            try:
-                json.loads(line)
-            except json.JSONDecodeError:
-                raise RunError(f"line {number} of {file} is damaged; cut the file there and resume") from None
         return lines
 
     # Previews
@@ -220,9 +326,23 @@ class Run:
 
 
 def _append(file: Path, line: str) -> None:
+    """A line with its checksum at the end of a file, on disk when this returns."""
+    new = not file.exists()
     with open(file, "a", encoding="utf-8") as out:
-        out.write(line + "\n")
+        out.write(journal.seal(line) + "\n")
         out.flush()
+        os.fsync(out.fileno())
+    if new:
+        _sync_folder(file.parent)
+
+
+def _evaluation(line: str) -> dict[str, Any]:
+    """A line of the evaluations. Raises JournalError for anything else."""
+    found = journal.unseal(line)
+    step, items, loss = found.get("step"), found.get("items", []), found.get("loss")
+    if type(step) is not int or not isinstance(items, list) or not isinstance(loss, int | float | None):
+        raise JournalError("has no step, no loss or no items")
+    return found
 
 
 def new_name(root: Path, wish: str) -> Path:

@@ -11,20 +11,19 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor
 
+from zo_engine import sealed
 from zo_engine.blocks import levels
 from zo_engine.journal import Move, Record, Step, short
 from zo_engine.newton import GaussNewton
 from zo_engine.probes import GainSpace, GroupSpace, Space
-from zo_engine.recipe import DIRECTIONS, Recipe, RecipeError, make
-from zo_engine.run import write_atomic
+from zo_engine.recipe import DIRECTIONS, Recipe, make
 from zo_engine.scales import ScaleView
 from zo_engine.zo import ZO
 
-FORMAT = "qzo-style-1"
+FORMAT = "qzo-style-2"  # 1 had no checksum, and is read as well
+FORMATS = ("qzo-style-1", FORMAT)
 STRENGTHS = (0.0, 1.5)
 
 
@@ -135,28 +134,46 @@ def save_style(path: Path, style: Style) -> None:
         "base": json.dumps(style.base),
         **style.facts,
     }
-    write_atomic(path, save(style.tensors, metadata))
+    sealed.write(path, style.tensors, metadata)
 
 
 def load_style(path: Path) -> Style:
     """Read a style file. Raises StyleError for anything else."""
     try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            if metadata.get("format") != FORMAT:
-                raise StyleError(f"{path} is a safetensors file, but not a style made by this program")
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-    except FileNotFoundError:
+        tensors, metadata = sealed.read(path, unsealed=True)
+    except (FileNotFoundError, NotADirectoryError):
         raise StyleError(f"there is no style at {path}") from None
-    except (SafetensorError, OSError) as error:
-        raise StyleError(f"{path} is not a readable safetensors file ({error})") from None
-    known = {"format", "form", "recipe", "base"}
+    except sealed.DamageError as error:
+        raise StyleError(f"{path} {error}") from None
+    except OSError as error:
+        raise StyleError(f"{path} cannot be read: {error.strerror}") from None
+    format = metadata.get("format", "")
+    if not format.startswith("qzo-style-"):
+        raise StyleError(f"{path} is a safetensors file, but not a style made by this program")
+    if format not in FORMATS:
+        raise StyleError(
+            f"{path} has the format {format[:40]}, and this version reads {' and '.join(FORMATS)}: it was made by a "
+            "newer one; update this program, or let the newer one write the model with `qzo export`"
+        )
+    if format == FORMAT and sealed.DIGEST not in metadata:
+        raise StyleError(f"{path} is damaged: its checksum is gone")
+    known = {"format", "form", "recipe", "base", sealed.DIGEST}
     try:
-        recipe = make(json.loads(metadata["recipe"]), str(path))
-        base = json.loads(metadata["base"])
-    except (KeyError, json.JSONDecodeError, RecipeError) as error:
+        recipe, base, form = make(_object(metadata["recipe"]), str(path)), _object(metadata["base"]), metadata["form"]
+    except (KeyError, ValueError, RecursionError, TypeError) as error:
         raise StyleError(f"{path} is damaged: its description cannot be read ({error})") from None
-    return Style(metadata["form"], tensors, recipe, base, {k: v for k, v in metadata.items() if k not in known})
+    if form not in ("theta", "journal"):
+        raise StyleError(f"{path} is damaged: its form is {form[:40]!r}, neither theta nor journal")
+    if form == "theta" and not all(t.dtype == torch.float32 and t.isfinite().all() for t in tensors.values()):
+        raise StyleError(f"{path} is damaged: it holds numbers that are not finite, or not in fp32")
+    return Style(form, tensors, recipe, base, {k: v for k, v in metadata.items() if k not in known})
+
+
+def _object(text: str) -> dict:
+    value = json.loads(text)
+    if not isinstance(value, dict):
+        raise ValueError(f"a {type(value).__name__} stands where an object is expected")
+    return value
 
 
 def theta_of(style: Style, space: Space, code_hash: str, device: torch.device | str = "cpu") -> Tensor:
@@ -174,6 +191,8 @@ def theta_of(style: Style, space: Space, code_hash: str, device: torch.device | 
                 method.apply(record)
         except ValueError as error:
             raise StyleError(f"the style's journal does not fit its recipe: {error}") from None
+        if not method.theta.isfinite().all():
+            raise StyleError("the style's journal is damaged: it leads to numbers that are not finite")
         return method.theta
     wrong = {n for n, shape in space.layout.shapes.items() if n not in style.tensors or style.tensors[n].shape != shape}
     if wrong or len(style.tensors) != len(space.layout.shapes):

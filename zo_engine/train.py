@@ -12,17 +12,15 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import psutil
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from zo_engine import cache, dataset, evaluation, models, pictures, plots, rewards, templates, texts, tokens
+from zo_engine import cache, dataset, evaluation, models, pictures, plots, rewards, sealed, templates, texts, tokens
 from zo_engine.blocks import Prefix, Replay, levels
 from zo_engine.hub import is_language, read_json, some
 from zo_engine.journal import Record, short
@@ -30,7 +28,7 @@ from zo_engine.newton import FRESH, GaussNewton
 from zo_engine.probes import Probes, Space, evaluate
 from zo_engine.recipe import Recipe, RecipeError
 from zo_engine.run import Run, write_atomic
-from zo_engine.scales import find_scales, formats_of, prove_live
+from zo_engine.scales import ScaleView, find_scales, formats_of, prove_live
 from zo_engine.style import Style, journal_tensors, make_method, make_space, save_style, theta_tensors
 from zo_engine.tasks.diffusion import SEARCH, TRAINING, Diffusion, Example, answers, sample
 from zo_engine.tasks.reward import Prompt as Request
@@ -38,7 +36,7 @@ from zo_engine.tasks.reward import Rewarded
 from zo_engine.tasks.text import Choosing, Language, Question
 from zo_engine.tasks.text import answers as replies
 from zo_engine.texts import Message
-from zo_engine.zo import trapezoid
+from zo_engine.zo import ZO, trapezoid
 
 TOKENS = 4800  # of one forward pass, where the recipe does not say how many rows: what the caches of a processor like
 TELL = 1.0  # seconds between two reports of a long step
@@ -48,8 +46,43 @@ PATIENCE = 20  # steps in a row without a finite loss, after which a run gives u
 Prompt = tuple[Message, ...]  # a conversation that ends before an answer
 
 
-class TrainingError(RuntimeError):
+EXPLODED = 3.0  # times the held-out loss at the start: a run that got there has diverged
+
+
+class TrainingError(ValueError):
     """A run that cannot go on, in one sentence."""
+
+
+class OutOfMemory(TrainingError):
+    """The device's memory, or the machine's, did not suffice."""
+
+
+@contextmanager
+def device_faults(what: str) -> Iterator[None]:
+    """What a device that fails raises inside, as one sentence; any other error stays what it is.
+
+    A device without memory raises torch.OutOfMemoryError, or on a processor a RuntimeError that only its text tells
+    from others; a fault inside a kernel (torch.AcceleratorError, cuBLAS, cuDNN) ends the device for this process.
+    """
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        text = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+        if isinstance(error, torch.OutOfMemoryError | MemoryError) or re.search(SHORT_OF_MEMORY, text):
+            raise OutOfMemory(
+                f"the memory does not suffice for {what} ({text}); end other programs that use it, write a smaller "
+                "`rows` (or `batch_size`, or `resolution`) into the recipe, and go on"
+            ) from error
+        if isinstance(error, torch.AcceleratorError) or re.search(BROKEN_DEVICE, text):
+            raise TrainingError(
+                f"the device failed at {what} ({text}); what was saved before is still there: try again, and if it "
+                "fails again, restart the machine or look for a newer driver"
+            ) from error
+        raise
+
+
+SHORT_OF_MEMORY = re.compile("out of memory|can't allocate memory|not enough memory|CUBLAS_STATUS_ALLOC_FAILED")
+BROKEN_DEVICE = re.compile("CUDA error|CUBLAS_STATUS|CUDNN_STATUS|cuDNN error|HIP error|device-side assert")
 
 
 @dataclass
@@ -209,8 +242,9 @@ def split(pictures: list, share: float, seed: int) -> tuple[list, list]:
 
 def prepare(recipe: Recipe, cache_folder: Path, say: Callable[[str], None] = lambda text: None) -> Studio:
     """Load what the recipe asks for. Raises ValueError (of some kind) for whatever the user can mend."""
-    texts_asked = recipe.texts or recipe.task
-    return prepare_texts(recipe, say) if texts_asked else prepare_pictures(recipe, cache_folder, say)
+    with device_faults("loading the model"):
+        asked = recipe.texts or recipe.task
+        return prepare_texts(recipe, say) if asked else prepare_pictures(recipe, cache_folder, say)
 
 
 def prepare_pictures(recipe: Recipe, cache_folder: Path, say: Callable[[str], None]) -> Studio:
@@ -410,11 +444,20 @@ def rewarding(name: str, contents: texts.Contents, say: Callable[[str], None]) -
 def tuned(model: torch.nn.Module, recipe: Recipe, notes: list[str]) -> Space:
     """The space that the recipe tunes of a model, proved to be live; what cannot be tuned is added to the notes."""
     views = find_scales(model, formats_of(recipe.quantization))
+    prove_finite(model, views)
     prove_live(views)
     space = make_space(views, recipe)
     if space.left_out:
         notes.append(f"{len(space.left_out)} layers stay frozen: their groups straddle rows ({space.left_out[0]}, ...)")
     return space
+
+
+def prove_finite(model: torch.nn.Module, views: dict[str, ScaleView]) -> None:
+    """Raises ModelError for a model with weights that are not finite: every loss would be none."""
+    dense = ((n, p) for n, p in (*model.named_parameters(), *model.named_buffers()) if p.is_floating_point())
+    for name, tensor in (*((n, view.base) for n, view in views.items()), *dense):
+        if not tensor.isfinite().all():
+            raise models.ModelError(f"the weights of {name} are not finite numbers; download the model again")
 
 
 def begun(examples: list[texts.Example], most: int = 4) -> list[Prompt]:
@@ -446,8 +489,7 @@ class Training:
         self.method = make_method(studio.space, self.recipe, studio.model.device)
         found = levels(studio.space.views, self.recipe.depth)
         self.prefixes = [Prefix(studio.model, level) if level.first else None for level in found]
-        self.rows = self.recipe.rows or max(1, TOKENS // studio.task.tokens())
-        self.items = studio.task.evaluation(self.recipe.evaluate_items)
+        self.rows = rows_of(studio)
         self.best = (math.inf, 0)  # held-out loss and step
         self.start: list[float] = []  # held-out items before the first step
         self.held_out: float | None = None
@@ -455,17 +497,42 @@ class Training:
     # Taking up a run
 
     def resume(self) -> None:
-        """Stand where the journal ends: from the last checkpoint, then line by line; from the start without one."""
+        """Stand where the journal ends: from the last checkpoint, then line by line; from the start without one, or
+        where an evaluation was lost, which is made again on the way."""
+        self.run.recover()
         journal = self.run.journal()
-        if checkpoint := _read_checkpoint(self.run.last_file):
-            tensors, scalars = checkpoint
-            if scalars["step"] <= len(journal):
-                self.method.restore(tensors, scalars, journal)
-        for record in journal[self.method.step :]:
-            self.method.apply(record)
-        self.run.trim(self.method.step)
-        for facts in self.run.evaluations():
-            self._note(facts)
+        known = {facts["step"]: facts for facts in self.run.evaluations()}
+        lost = {step for step in range(0, len(journal), self.recipe.evaluate_every) if step not in known}
+        checkpoint = _read_checkpoint(self.run.last_file)
+        if checkpoint and not lost and self._fits(checkpoint, len(journal)):
+            self.method.restore(*checkpoint, journal)
+        for step in sorted(known):
+            if step < self.method.step:
+                self._note(known[step])
+        for record in (*journal[self.method.step :], None):
+            if facts := known.get(self.method.step):
+                self._note(facts)
+            elif self.method.step in lost:
+                self.evaluate()
+            if record:
+                self.method.apply(record)
+        if lost:
+            self.run.trim(self.method.step)  # in the order of the steps
+
+    def _fits(self, checkpoint: tuple[dict[str, Tensor], dict[str, float]], steps: int) -> bool:
+        tensors, scalars = checkpoint
+        mine, counted = self.method.state()
+        same = {n: t.shape for n, t in tensors.items()} == {n: t.shape for n, t in mine.items()}
+        return same and scalars.keys() == counted.keys() and scalars["step"] <= steps
+
+    def theta_at(self, step: int) -> Tensor:
+        """theta after so many steps: as it stands, as kept, or from the journal."""
+        if step == self.method.step:
+            return self.method.theta
+        kept = _read_checkpoint(self.run.best_file)
+        if kept and kept[1].get("step") == step and kept[0]["theta"].shape == self.method.theta.shape:
+            return kept[0]["theta"]
+        return replayed(self.studio, self.run.journal()[:step]).theta
 
     # One step
 
@@ -516,13 +583,9 @@ class Training:
 
     # Once in a while
 
-    @torch.no_grad()
     def evaluate(self) -> None:
         """The held-out loss of theta as it stands; the best theta is kept."""
-        with self.studio.space.folded(self.method.theta):
-            figures = self.studio.task.figures()
-            parts = [self.studio.task.losses(b) for batch in self.items for b in _pieces(batch, self.rows)]
-        items = [short(x) for x in torch.cat(parts).tolist()]
+        items, figures = measured(self.studio, self.method.theta)
         start = self.start or items
         change = np.subtract(items, start) if np.isfinite(items + start).all() else np.full(len(items), np.nan)
         facts = {
@@ -536,9 +599,9 @@ class Training:
         }
         facts = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in facts.items()}
         facts["items"] = [v if math.isfinite(v) else None for v in items]
-        self.run.append_evaluation(facts)
-        if self._note(facts):
+        if self._note(facts):  # kept before it is said to be the best: never a best one that is not there
             _write_checkpoint(self.run.best_file, {"theta": self.method.theta}, {"step": self.method.step})
+        self.run.append_evaluation(facts)
 
     def _note(self, facts: dict) -> bool:
         """Take in an evaluation; True if it is the best so far."""
@@ -550,10 +613,35 @@ class Training:
             self.best = (facts["loss"], facts["step"])
         return better
 
+    def diverged(self) -> str:
+        """Why going on would make things worse, by the last held-out loss, with what to change; or nothing."""
+        if not self.start or not self.method.step:
+            return "" if self.start else self._never_finite()
+        before, now = float(np.mean(self.start)), self.held_out
+        scale = max(abs(before), float(np.std(self.start)))  # of a loss that may be zero at the start, or negative
+        if now is not None and now <= before + (EXPLODED - 1) * scale:
+            return ""
+        if isinstance(self.method, GaussNewton):
+            change = "smaller eps, more directions or a larger batch_size"
+        else:
+            size = self.recipe.step_size
+            change = f"step_size below {size:g}" if size else "smaller eps, or a small step_size of your own"
+        rose = "is not finite any more" if now is None else f"rose from {before:.4g} to {now:.4g}"
+        return f"the held-out loss {rose} at step {self.method.step}: the steps lead away; train anew with a {change}"
+
+    def _never_finite(self) -> str:
+        return (
+            'the held-out loss of the model as it is, before any step, is not a finite number; try dtype = "float32", '
+            "and if that is so already, the model is damaged: download it again"
+        )
+
     def preview(self) -> None:
         """What the model makes of the preview prompts as it stands."""
-        with self.studio.space.folded(self.method.theta):
-            self.studio.preview.write(self.run, self.method.step, self.recipe)
+        try:
+            with device_faults("a preview"), self.studio.space.folded(self.method.theta):
+                self.studio.preview.write(self.run, self.method.step, self.recipe)
+        except OutOfMemory as error:  # to look on is not worth a run
+            self.run.log(f"step {self.method.step} has no preview: {error}")
 
     def checkpoint(self) -> None:
         _write_checkpoint(self.run.last_file, *self.method.state())
@@ -561,9 +649,7 @@ class Training:
     def save_style(self) -> Path:
         """The style as theta and as journal, both of the best step by held-out loss."""
         step = self.best[1]
-        theta = self.method.theta
-        if step != self.method.step and (checkpoint := _read_checkpoint(self.run.best_file)):
-            theta = checkpoint[0]["theta"]
+        theta = self.theta_at(step)
         facts = {
             self.studio.preview.unit: str(self.studio.examples),
             "step": str(step),
@@ -587,18 +673,39 @@ def _pieces(batch, rows: int) -> Iterator:
         yield batch.take(index)
 
 
+def rows_of(studio: Studio) -> int:
+    """Rows of one forward pass."""
+    return studio.recipe.rows or max(1, TOKENS // studio.task.tokens())
+
+
+@torch.no_grad()
+def measured(studio: Studio, theta: Tensor) -> tuple[list[float], dict[str, float]]:
+    """(loss of every held-out item, other figures of the task) at a theta."""
+    with studio.space.folded(theta):
+        figures = studio.task.figures()
+        batches = studio.task.evaluation(studio.recipe.evaluate_items)
+        parts = [studio.task.losses(b) for batch in batches for b in _pieces(batch, rows_of(studio))]
+    return [short(x) for x in torch.cat(parts).tolist()], figures
+
+
+def replayed(studio: Studio, journal: list[Record]) -> GaussNewton | ZO:
+    """The method after the steps of a journal, from nothing else."""
+    method = make_method(studio.space, studio.recipe, studio.model.device)
+    for record in journal:
+        method.apply(record)
+    return method
+
+
 def _write_checkpoint(path: Path, tensors: dict[str, Tensor], scalars: dict[str, float]) -> None:
-    flat = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
-    write_atomic(path, save(flat, {name: repr(value) for name, value in scalars.items()}))
+    sealed.write(path, tensors, {name: repr(value) for name, value in scalars.items()})
 
 
 def _read_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, float]] | None:
-    """None if there is none or it cannot be read: the journal holds the run either way."""
+    """None if there is none or it is damaged: the journal holds the run either way."""
     try:
-        with safe_open(path, framework="pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-            return tensors, {name: float(value) for name, value in (file.metadata() or {}).items()}
-    except (FileNotFoundError, SafetensorError):
+        tensors, metadata = sealed.read(path)
+        return tensors, {name: float(value) for name, value in metadata.items() if name != sealed.DIGEST}
+    except (FileNotFoundError, sealed.DamageError):
         return None
 
 
@@ -659,14 +766,25 @@ def train(run: Run, studio: Studio, report: Callable[[dict], None], stop: thread
             run.write_status("running", **now)
             report(now)
 
+    def give_up(why: str) -> NoReturn:
+        training.checkpoint()
+        plots.plot(run)
+        if not training.start:
+            raise TrainingError(why)
+        training.save_style()
+        raise TrainingError(f"{why}; the style of the best step, {training.best[1]}, is saved")
+
     run.write_status("running", **facts)
     run.asked()  # what was asked of a process that is gone is forgotten
     while True:
         at_end, asked = method.step >= recipe.steps, run.asked()
         if method.step % recipe.evaluate_every == 0 or at_end or "save" in asked:
             if not any(e["step"] == method.step for e in run.evaluations()):
-                training.evaluate()
+                with device_faults("the held-out loss"):
+                    training.evaluate()
             training.checkpoint()
+        if why := training.diverged():
+            give_up(why)
         if "save" in asked:
             training.save_style()
             run.log(f"saved at step {method.step}, as asked")
@@ -679,7 +797,8 @@ def train(run: Run, studio: Studio, report: Callable[[dict], None], stop: thread
         if method.step == first:
             began = told = time.monotonic()  # the evaluation and the previews before it are no measure of a step
         try:
-            record = training.step(tell)
+            with device_faults(f"step {method.step}"):
+                record = training.step(tell)
         except _Halted:
             break
         if method.step == first + 1:  # the proof that a step works here, before hours are spent
@@ -690,9 +809,7 @@ def train(run: Run, studio: Studio, report: Callable[[dict], None], stop: thread
         if record.skipped:
             run.log(f"step {record.step}: a loss was not finite; theta unchanged, {method.skipped} skipped so far")
         if bad >= PATIENCE:
-            raise TrainingError(
-                f'{PATIENCE} steps in a row had a loss that was not finite; try dtype = "float32" or a smaller eps'
-            )
+            give_up(f'{PATIENCE} steps in a row had a loss that was not finite; try dtype = "float32" or a smaller eps')
         facts = {
             "step": method.step,
             "steps": recipe.steps,

@@ -233,6 +233,8 @@ class ZO:
         if record.skipped:
             self.skip()
             return
+        if len(record.slopes) != self.per_step:
+            raise ValueError(f"step {record.step} has {len(record.slopes)} slopes, not {self.per_step}")
         descent = self.descend(self.directions(), list(record.slopes), record.clip)
         self.choose(record.search)
         self.move(descent, record)
