@@ -356,7 +356,7 @@ if __name__ == "__main__":
 
 def test_a_move_goes_no_further_than_its_reach():
     layout = Layout({"a.rows": (400,), "b.rows": (1200,)})
-    newton = GaussNewton(layout, [layout.part(["a"]), layout.part(["b"])], seed=2, per_part=8)
+    newton = GaussNewton(layout, [layout.part(["a"]), layout.part(["b"])], seed=2, per_part=[8, 8])
     for size in (1e-3, 0.05, 1.0):
         weights = tuple(size * (-1) ** i for i in range(16))
         (move,), (free,) = newton._moves([newton._shortened(weights)]), newton._moves([weights])

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 
 GROUPS = 2  # levels that the tuned blocks form, beside the layers that follow them
-THIN = 3  # what lies before the blocks gets a third of the directions of other levels: its probes run the whole model
+THIN = 3  # what reads the prompt gets a third of the directions of other levels: its probes run the whole model
+READS = re.compile(r"(^|\.)text_embedder\.")  # diffusers' name of what takes in the pooled prompt, before the blocks
 BLOCK = re.compile(r"((?:[^.\d][^.]*\.)+)(\d+)\.")  # "transformer_blocks.4.attn.to_k": a list's name, and a number
 
 
@@ -33,7 +34,8 @@ class Level:
 
 def levels(layers: Iterable[str], depth: float) -> list[Level]:
     """The levels of a model, from the output inwards: what follows the blocks, the last share `depth` of the blocks,
-    and what lies before them: few numbers, but those that read the prompt, and can tell the trigger from other words.
+    and the layers before them that read the pooled prompt: few numbers, but they can tell the trigger from other words.
+    (The other embedders are left alone: they carry the subject, and moving them blurs it.)
 
     layers: names in the model's own order. The blocks are the list of modules that holds most of the layers. With depth
     1, or in a model without such a list, all layers form one level.
@@ -47,13 +49,13 @@ def levels(layers: Iterable[str], depth: float) -> list[Level]:
     count = max(number.values()) + 1
     tuned = max(1, round(depth * count))
     starts = sorted({count - tuned + round(i * tuned / GROUPS) for i in range(GROUPS)})
-    inside = [i for i, name in enumerate(names) if name in number]
-    before, after = names[: inside[0]], names[inside[-1] + 1 :]
+    after = names[max(i for i, name in enumerate(names) if name in number) + 1 :]
+    reading = tuple(name for name in names if READS.search(name) and name not in number)
     made = [Level(tuple(after), blocks, count)] if after else []
     for start, stop in reversed(list(zip(starts, [*starts[1:], count], strict=True))):
         made.append(Level(tuple(name for name in names if start <= number.get(name, -1) < stop), blocks, start))
-    if before:
-        made.append(Level(tuple(before), blocks, thin=THIN))
+    if reading:
+        made.append(Level(reading, blocks, thin=THIN))
     return [level for level in made if level.layers]
 
 
