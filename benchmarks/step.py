@@ -79,7 +79,7 @@ def measure(model: str, batch: int, rounds: int, device: str) -> dict:
     found = levels(views, Recipe().depth)
     tuned = GainSpace({name: views[name] for level in found for name in level.layers})
     parts = [tuned.layout.part(level.layers) for level in found]
-    counts = [DIRECTIONS // level.thin for level in found]
+    counts = [level.share(DIRECTIONS) for level in found]
     newton = GaussNewton(tuned.layout, parts, seed=0, per_part=counts, device=where)
     prefixes = [Prefix(transformer, level) if level.first else None for level in found]
 

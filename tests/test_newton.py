@@ -274,7 +274,7 @@ def golden_method(model):
     found = levels(space.views, recipe.depth)
     parts = [space.layout.part(level.layers) for level in found]
     newton = GaussNewton(
-        space.layout, parts, seed=recipe.seed, per_part=[max(1, recipe.directions // level.thin) for level in found]
+        space.layout, parts, seed=recipe.seed, per_part=[level.share(recipe.directions) for level in found]
     )
     return space, newton, [Prefix(model, level) if level.first else None for level in found]
 

@@ -29,6 +29,9 @@ device_option = click.option("--device", default="auto", show_default=True, help
 strength_option = click.option(
     "--strength", default=1.0, show_default=True, help="0 is the base, 1 the style, up to 1.5."
 )
+offload_option = click.option(
+    "--offload", default="", help="cpu or disk: stream the model's blocks.  [default: as the run did]"
+)
 json_option = click.option("--json", "as_json", is_flag=True, help="Machine-readable output.")
 prompts_option = click.option(
     "--prompt", "prompts", multiple=True, help="What to draw, or to answer; repeatable.  [default: the run's prompts]"
@@ -99,7 +102,7 @@ def start(run: Run, recipe: recipes.Recipe | None, runs_dir: Path, as_json: bool
         Run.create(run.path, recipe)  # refuses
     studio = training.prepare(recipe or run.recipe(), runs_dir / ".cache", say)
     if recipe:
-        run = Run.create(run.path, recipe)
+        run = Run.create(run.path, studio.recipe)  # with what was derived, so that it goes on alike
     for note in studio.notes:
         say(f"note: {note}")
     with run.lock(), run.heartbeat(), training.stop_signals() as stop, progress(studio.recipe.steps, as_json) as report:
@@ -197,6 +200,7 @@ def demo(runs_dir: Path, out: Path | None, steps: int | None) -> None:
 @strength_option
 @out_option
 @device_option
+@offload_option
 @json_option
 @click.pass_obj
 def preview(
@@ -207,12 +211,13 @@ def preview(
     strength: float,
     out: Path | None,
     device: str,
+    offload: str,
     as_json: bool,
 ) -> None:
     """Draw prompts with RUN's style (a run folder or a style file), as one sheet of pictures; or answer them."""
     from zo_engine import pictures
 
-    styled, how, prompts = opened(run, runs_dir, "", device, prompts, seed)
+    styled, how, prompts = opened(run, runs_dir, "", device, prompts, seed, offload)
     if answering(styled):
         tell([{"prompt": shown(p), "answer": a} for p, a in answered(styled, prompts, strength, how)], out, as_json)
         return
@@ -229,6 +234,7 @@ def preview(
 @model_option
 @out_option
 @device_option
+@offload_option
 @json_option
 @click.pass_obj
 def compare(
@@ -240,12 +246,13 @@ def compare(
     model: str,
     out: Path | None,
     device: str,
+    offload: str,
     as_json: bool,
 ) -> None:
     """Base against style: the same prompts and seeds, in one picture or as text. SOURCE is a run folder or a style."""
     from zo_engine import apply, pictures
 
-    styled, how, prompts = opened(source, runs_dir, model, device, prompts, seed)
+    styled, how, prompts = opened(source, runs_dir, model, device, prompts, seed, offload)
     if answering(styled):
         before, after = (answered(styled, prompts, s, how) for s in (0.0, strength))
         rows = zip(before, after, strict=True)
@@ -263,6 +270,7 @@ def compare(
 @model_option
 @out_option
 @device_option
+@offload_option
 @json_option
 @click.pass_obj
 def apply(
@@ -274,12 +282,13 @@ def apply(
     model: str,
     out: Path | None,
     device: str,
+    offload: str,
     as_json: bool,
 ) -> None:
     """Put a style (file or run folder) on a freshly loaded base and draw PROMPT, or answer it."""
     from zo_engine import pictures
 
-    styled, how, prompts = opened(source, runs_dir, model, device, (prompt,), seed)
+    styled, how, prompts = opened(source, runs_dir, model, device, (prompt,), seed, offload)
     if answering(styled):
         tell([{"prompt": shown(p), "answer": a} for p, a in answered(styled, prompts, strength, how)], out, as_json)
         return
@@ -287,13 +296,15 @@ def apply(
     written(pictures.save_png(image, out or Path("picture.png"), prompt=prompt, strength=str(strength)), as_json)
 
 
-def opened(source: Path, runs_dir: Path, model: str, device: str, prompts: tuple[str, ...], seed: int | None):
+def opened(
+    source: Path, runs_dir: Path, model: str, device: str, prompts: tuple[str, ...], seed: int | None, offload: str = ""
+):
     """(styled base, how to sample, prompts): as the style's recipe says where nothing else is given."""
     from zo_engine.apply import open_style
     from zo_engine.texts import Message
 
     quiet()
-    styled = open_style(source, runs_dir / ".cache", model, device)
+    styled = open_style(source, runs_dir / ".cache", model, device, offload)
     recipe = styled.style.recipe
     if answering(styled):
         return styled, {"seed": seed}, [(Message("user", prompt),) for prompt in prompts] or styled.prompts
@@ -343,14 +354,17 @@ def written(path: Path, as_json: bool) -> None:
 @strength_option
 @model_option
 @device_option
+@offload_option
 @click.option("--peft", is_flag=True, help="Only the style of a language model, as a PEFT adapter (IA3), where equal.")
 @click.pass_obj
-def export(runs_dir: Path, source: Path, folder: Path, strength: float, model: str, device: str, peft: bool) -> None:
+def export(
+    runs_dir: Path, source: Path, folder: Path, strength: float, model: str, device: str, offload: str, peft: bool
+) -> None:
     """Write the styled model as a quantised FOLDER that plain diffusers, or plain transformers, loads."""
     from zo_engine.apply import open_style
 
     quiet()
-    styled = open_style(source, runs_dir / ".cache", model, device)
+    styled = open_style(source, runs_dir / ".cache", model, device, offload)
     click.echo(styled.export_adapter(folder, strength) if peft else styled.export(folder, strength))
 
 
@@ -438,6 +452,26 @@ def download(model: str, as_json: bool) -> None:
 
     say = lambda size: click.echo(json.dumps({"bytes": size}) if as_json else f"fetching {size / 1e9:.1f} GB")  # noqa: E731
     click.echo(locate(model, begin=say))
+
+
+@cli.command()
+@click.argument("source")
+@click.option("--memory", default="", help="Of the device, such as 6GB: how the model fits.  [default: all resident]")
+@click.option("--offload", default="cpu", type=click.Choice(("cpu", "disk")), help="Where blocks wait.")
+@click.option("--resolution", default=512, help="Pixels of a picture's side.", type=click.IntRange(64))
+@click.option(
+    "--length", default=0, help="Tokens of a text or a caption.  [default: 512 or 333]", type=click.IntRange(0)
+)
+@click.option("--batch-size", default=16, help="Examples of a step.", type=click.IntRange(1))
+@click.option("--rows", default=0, help="Rows of a pass.  [default: by their tokens]", type=click.IntRange(0))
+@json_option
+def plan(source: str, memory: str, offload: str, as_json: bool, **how) -> None:
+    """What a step on SOURCE will need, before anything is loaded: a recipe, a model, or a published shape by name."""
+    from zo_engine.plan import as_dict, of
+
+    quiet()
+    made = of(source, memory, offload, **how)
+    click.echo(json.dumps(as_dict(made)) if as_json else made.said())
 
 
 @cli.command()

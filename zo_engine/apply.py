@@ -19,7 +19,7 @@ from zo_engine.scales import find_scales, formats_of, prove_live
 from zo_engine.style import Style, StyleError, checked_strength, load_style, make_space, theta_of
 from zo_engine.tasks.diffusion import sample
 from zo_engine.texts import Message
-from zo_engine.train import Prompt, context, pick_device, pick_dtype, reply
+from zo_engine.train import Prompt, context, pick_device, pick_dtype, reply, streaming
 
 
 @dataclass
@@ -160,16 +160,23 @@ def style_file(source: Path) -> Path:
 
 
 def open_style(
-    source: Path, cache_folder: Path, model: str = "", device: str = "auto"
+    source: Path, cache_folder: Path, model: str = "", device: str = "auto", offload: str = ""
 ) -> StyledPipeline | StyledLanguageModel:
-    """Load a style and a fresh base for it: the model it names, or `model`. Raises StyleError for a wrong base."""
+    """Load a style and a fresh base for it: the model it names, or `model`. Raises StyleError for a wrong base.
+
+    offload: "cpu" or "disk" stream its blocks; empty: as the run did, if the source is one.
+    """
     style = load_style(style_file(source))
+    if not offload and Path(source).is_dir():
+        offload = Run(Path(source)).recipe().offload
     recipe = style.recipe
     where = pick_device(device)
     folder = models.locate(model or style.base.get("model", ""))
     language = is_language(folder)
     load = models.load_language_model if language else models.load_transformer
-    base = load(folder, quantization=recipe.quantization, device=where, dtype=pick_dtype(recipe.dtype, where))
+    placement = streaming(offload, folder if language else folder / "transformer", Path(cache_folder))
+    dtype = pick_dtype(recipe.dtype, where)
+    base = load(folder, quantization=recipe.quantization, device=where, dtype=dtype, placement=placement)
     views = find_scales(base, formats_of(recipe.quantization))
     space = make_space(views, recipe)
     theta = theta_of(style, space, models.code_hash(base), where)

@@ -7,7 +7,7 @@ few forward passes.
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -29,7 +29,11 @@ class Level:
     layers: tuple[str, ...]
     blocks: str = ""  # name of the model's list of blocks
     first: int = 0
-    thin: int = 1  # it gets 1 / thin of the directions
+    thin: int = 1
+
+    def share(self, directions: int) -> int:
+        """Directions of this level, where others have so many."""
+        return max(1, directions // self.thin)
 
 
 def levels(layers: Iterable[str], depth: float) -> list[Level]:
@@ -63,7 +67,18 @@ class _Reached(Exception):
     """The prefix has been computed; nothing after it is needed."""
 
 
-Replay = Callable[[Tensor], AbstractContextManager]  # sample [r] -> the model answering for these examples
+@dataclass(frozen=True)
+class Replay:
+    """What blocks have answered for some examples; called with sample [r], the model as it answers for these."""
+
+    blocks: list[nn.Module]
+    output: Any  # of the last of them, along the batch axis
+
+    def rows(self, sample: Tensor) -> Any:
+        return _rows(self.output, sample)
+
+    def __call__(self, sample: Tensor) -> AbstractContextManager[None]:
+        return answering(self.blocks, self.rows(sample))
 
 
 class Prefix:
@@ -73,40 +88,75 @@ class Prefix:
         self.blocks = list(model.get_submodule(level.blocks))[: level.first]
 
     @torch.no_grad()
-    def run(self, loss: Callable[[Tensor], Tensor], examples: int, chunk: int | None = None) -> "Replay":
+    def run(
+        self,
+        loss: Callable[[Tensor], Tensor],
+        examples: int,
+        chunk: int | None = None,
+        relay: Sequence[nn.Module] = (),
+    ) -> Replay:
         """The output of the last of these blocks for examples 0, 1, ..., made in pieces of `chunk` examples.
 
-        loss(sample) is what `probes.evaluate` takes; it is stopped where the prefix ends.
+        loss(sample) is what `probes.evaluate` takes; it is stopped where the prefix ends. relay: see `relayed`.
         """
-        pieces: list[Any] = []
+        calls = [partial(loss, part) for part in torch.arange(examples).split(chunk or examples)]
+        shared = self.blocks[: len(relay)] if len(calls) > 1 else []
+        states = relayed(shared, calls)
+        if len(shared) < len(self.blocks):
+            states = [_output(self.blocks[-1], call, shared, state) for call, state in zip(calls, states, strict=True)]
+        return Replay(self.blocks, _joined(states))
 
-        def keep(module: nn.Module, args: tuple, output: Any) -> None:
-            pieces.append(output)
-            raise _Reached
 
-        hook = self.blocks[-1].register_forward_hook(keep)
-        try:
-            for part in torch.arange(examples).split(chunk or examples):
-                try:
-                    loss(part)
-                except _Reached:
-                    pass
-        finally:
-            hook.remove()
-        assert pieces, "the loss does not run the model's blocks"
-        return partial(self._replayed, _joined(pieces))
+def relayed(
+    blocks: Sequence[nn.Module], calls: Sequence[Callable[[], Any]], states: Sequence[Any] = (), done: int = 0
+) -> list[Any]:
+    """What the last of `blocks` answers to each call, block by block: one serves every call before the next begins.
 
-    @contextmanager
-    def _replayed(self, output: Any, sample: Tensor) -> Iterator[None]:
-        """The model with its prefix answering from `output`: row r of the stacked batch is example `sample[r]`."""
-        rows = _rows(output, sample)
-        for block in self.blocks:
-            block.forward = lambda *args, **kwargs: rows
-        try:
-            yield
-        finally:
-            for block in self.blocks:
+    Where blocks come from elsewhere (`offload`), each comes once for all the calls. blocks: the first ones of the
+    model. states: the output of block `done` - 1 for each call, if some blocks are done. What precedes the blocks is
+    computed again for each of them, which is little; no number depends on the order.
+    """
+    states = list(states) or [None] * len(calls)
+    for number in range(done, len(blocks)):
+        for i, call in enumerate(calls):
+            states[i] = _output(blocks[number], call, blocks[:number], states[i])
+    return states
+
+
+def _output(block: nn.Module, call: Callable[[], Any], done: Sequence[nn.Module], state: Any) -> Any:
+    """What `block` answers in a call, in which `state` is the answer of the blocks that are done."""
+    found: list[Any] = []
+
+    def keep(module: nn.Module, args: tuple, output: Any) -> None:
+        found.append(output)
+        raise _Reached
+
+    hook = block.register_forward_hook(keep)
+    try:
+        with answering(done, state):
+            call()
+    except _Reached:
+        pass
+    finally:
+        hook.remove()
+    assert found, "the loss does not run the model's blocks"
+    return found[0]
+
+
+@contextmanager
+def answering(blocks: Sequence[nn.Module], output: Any) -> Iterator[None]:
+    """The model with its first blocks answering `output` at once."""
+    before = [block.__dict__.get("forward") for block in blocks]
+    for block in blocks:
+        block.forward = lambda *args, **kwargs: output
+    try:
+        yield
+    finally:
+        for block, forward in zip(blocks, before, strict=True):
+            if forward is None:
                 del block.forward
+            else:
+                block.forward = forward
 
 
 def _joined(pieces: list[Any]) -> Any:

@@ -10,6 +10,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from fnmatch import fnmatch
 from functools import partial
 from pathlib import Path
@@ -30,6 +31,7 @@ from transformers import (
     T5TokenizerFast,
 )
 
+from zo_engine.cache import model_key
 from zo_engine.hub import (
     LANGUAGE_FILES,
     MODELS,
@@ -45,6 +47,7 @@ from zo_engine.hub import (
     text_length,
     vae_scale,
 )
+from zo_engine.offload import Mover, block_names
 from zo_engine.packed import PackedLinear, saved_scales, write_scales
 from zo_engine.quantize import (
     IMPOSSIBLE,
@@ -54,6 +57,7 @@ from zo_engine.quantize import (
     load_quantized,
     quantization_of,
     quantized_layers,
+    store_quantized,
 )
 
 __all__ = [
@@ -84,21 +88,56 @@ TEXT_PARTS = {
 }
 
 
+@dataclass(frozen=True)
+class Placement:
+    """Where a model's blocks are: the first `away` wait in host memory, or on disk, and stream through `slots`."""
+
+    away: int = 0
+    slots: int = 2
+    store: Path | None = None  # a folder: blocks stay in files, those of the model or a quantised copy made there
+
+
+RESIDENT = Placement()
+
+
 def load_transformer(
-    folder: Path, *, quantization: str = "nf4", device: Device = "cpu", dtype: torch.dtype = torch.float32
+    folder: Path,
+    *,
+    quantization: str = "nf4",
+    device: Device = "cpu",
+    dtype: torch.dtype = torch.float32,
+    placement: Placement = RESIDENT,
 ) -> nn.Module:
     """The transformer of a pipeline folder, quantised layer by layer: see quantize.load_quantized."""
-    return load_quantized(Path(folder) / "transformer", quantization=quantization, device=device, dtype=dtype)
+    return _placed(Path(folder) / "transformer", placement, quantization=quantization, device=device, dtype=dtype)
 
 
 def load_language_model(
-    folder: Path, *, quantization: str = "nf4", device: Device = "cpu", dtype: torch.dtype = torch.float32
+    folder: Path,
+    *,
+    quantization: str = "nf4",
+    device: Device = "cpu",
+    dtype: torch.dtype = torch.float32,
+    placement: Placement = RESIDENT,
 ) -> PreTrainedModel:
     """The causal language model of a transformers folder, quantised layer by layer: see quantize.load_quantized.
 
     Its `save_pretrained` writes a folder that stock transformers loads, scales as they stand included.
     """
-    return load_quantized(Path(folder), quantization=quantization, device=device, dtype=dtype)
+    return _placed(Path(folder), placement, quantization=quantization, device=device, dtype=dtype)
+
+
+def _placed(part: Path, placement: Placement, **how) -> nn.Module:
+    """The model of a folder; where blocks stream, its attribute `mover` is what moves them."""
+    if not placement.away:
+        return load_quantized(part, **how)
+    if placement.store:
+        key = f"{model_key(part.parent, [part.name])}-{how['quantization']}-{str(how['dtype']).removeprefix('torch.')}"
+        part = store_quantized(part, placement.store / key, **how)
+    model = load_quantized(part, **how, away=placement.away, mapped=placement.store is not None)
+    away = block_names(model)[: placement.away]
+    model.mover = Mover(model, away, how["device"], placement.slots, from_disk=placement.store is not None)
+    return model
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:

@@ -14,14 +14,16 @@ also after an exception. Base scales are never written.
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from zo_engine.blocks import Replay
+from zo_engine.blocks import Replay, answering, relayed
 from zo_engine.noise import Layout
 from zo_engine.scales import ScaleError, ScaleView
 
@@ -155,7 +157,7 @@ class GainSpace(Space):
             log_gain = parts[f"{name}.rows"][:, None]
             if f"{name}.columns" in parts:
                 log_gain = log_gain + parts[f"{name}.columns"]
-            yield view, view.base.view(view.shape) * log_gain.exp()
+            yield view, view.base.to(theta.device).view(view.shape) * log_gain.exp()
 
     def _forwards(self, theta: Tensor, probes: Probes | None) -> Iterator[tuple[ScaleView, Callable]]:
         parts = self.layout.split(theta)
@@ -198,8 +200,8 @@ class GroupSpace(Space):
         self.views, self.relative, self.clamp = views, relative, clamp
         self.layout = Layout({f"{name}.groups": view.shape for name, view in views.items()})
 
-    def _scale(self, view: ScaleView, theta: Tensor) -> Tensor:
-        base = view.base.view(view.shape)
+    def _scale(self, view: ScaleView, base: Tensor, theta: Tensor) -> Tensor:
+        base = base.to(theta.device).view(view.shape)
         if self.relative:
             return base * theta.exp()
         scale = base + theta
@@ -208,7 +210,7 @@ class GroupSpace(Space):
     def scales(self, theta: Tensor) -> Iterator[tuple[ScaleView, Tensor]]:
         parts = self.layout.split(theta)
         for name, view in self.views.items():
-            yield view, self._scale(view, parts[f"{name}.groups"])
+            yield view, self._scale(view, view.base, parts[f"{name}.groups"])
 
     def _forwards(self, theta: Tensor, probes: Probes | None) -> Iterator[tuple[ScaleView, Callable]]:
         parts = self.layout.split(theta)
@@ -220,11 +222,14 @@ class GroupSpace(Space):
             name = f"{view.name}.groups"
 
             def forward(x: Tensor) -> Tensor:
-                outputs = []
-                for start, stop, direction, step in runs if name in z else still:
-                    moved = parts[name] + step * z[name][direction].to(theta.dtype) if step else parts[name]
-                    view.put(self._scale(view, moved))
-                    outputs.append(plain(x[start:stop]))
+                outputs, base = [], view.live
+                try:
+                    for start, stop, direction, step in runs if name in z else still:
+                        moved = parts[name] + step * z[name][direction].to(theta.dtype) if step else parts[name]
+                        view.put(self._scale(view, base, moved))
+                        outputs.append(plain(x[start:stop]))
+                finally:
+                    view.format.put(view.module, base)
                 return torch.cat(outputs)
 
             return _by_rows(view, forward, len(probes.sign)) if probes else forward
@@ -252,17 +257,31 @@ def evaluate(
     loss: Callable[[Tensor], Tensor],
     chunk: int | None = None,
     replay: Replay | None = None,
+    relay: Sequence[nn.Module] = (),
 ) -> Tensor:
     """One loss, or one error vector, per row of the stacked batch, fp32 or wider: [R] or [R, m].
 
     loss(sample) gets the example index of every row [r] and returns the losses or errors [r, ...] of the dressed model.
     `chunk` bounds the rows of one forward pass, and `replay` (of `Prefix.run` at theta) answers for the blocks that no
-    probe reaches: the result depends on neither beyond the rounding of differently shaped matmuls.
+    probe reaches: the result depends on neither beyond the rounding of differently shaped matmuls. `relay`: the model's
+    first blocks, if one after the other is to serve all passes (`blocks.relayed`); the result does not depend on it.
     """
-    losses = []
     passes = math.ceil(len(probes.sign) / (chunk or len(probes.sign)))
-    for rows in torch.arange(len(probes.sign)).tensor_split(passes):  # of nearly equal length
-        part = probes.rows(rows)
-        with space.dressed(theta, part), replay(part.sample) if replay else nullcontext():
-            losses.append(loss(part.sample))
+    parts = [probes.rows(rows) for rows in torch.arange(len(probes.sign)).tensor_split(passes)]  # of like length
+
+    def answer(part: Probes) -> Any:
+        with space.dressed(theta, part):
+            return loss(part.sample)
+
+    done = len(replay.blocks) if replay else 0
+    if passes > 1 and len(relay) > done:
+        states = [replay.rows(part.sample) for part in parts] if replay else []
+        states = relayed(relay, [partial(answer, part) for part in parts], states, done)
+        contexts = (answering(relay, states.pop(0)) for _ in parts)
+    else:
+        contexts = (replay(part.sample) if replay else nullcontext() for part in parts)
+    losses = []
+    for part, context in zip(parts, contexts, strict=True):
+        with context:
+            losses.append(answer(part))
     return torch.cat(losses)

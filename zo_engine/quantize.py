@@ -19,9 +19,13 @@ activations as an outlier (threshold 0), since which columns are would depend on
 """
 
 import hashlib
+import json
 import logging
 import math
+import os
 import re
+import shutil
+from collections.abc import Collection
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Self
@@ -34,12 +38,14 @@ from accelerate.utils import set_module_tensor_to_device
 from bitsandbytes.functional import QuantState, dequantize_blockwise, int8_vectorwise_quant, quantize_4bit
 from bitsandbytes.nn import Int8Params, Linear4bit, Linear8bitLt, Params4bit
 from huggingface_hub.errors import StrictDataclassError
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers.quantizers.base import get_keys_to_not_convert
 from transformers.quantizers.quantizers_utils import should_convert_module
 
 from zo_engine import packed
 from zo_engine.hub import ModelError, check_index, find_weights, open_shard, read_json, some
+from zo_engine.offload import block_names
 
 MADE = ("nf4", "fp4", "int8", "none")  # what a plain model can be loaded as
 READ = ("gptq", "aqlm")  # what a model must come in
@@ -103,6 +109,8 @@ def load_quantized(
     quantization: str = "nf4",
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
+    away: int = 0,
+    mapped: bool = False,
 ) -> nn.Module:
     """A diffusers model, or a causal language model of transformers, from `folder` (config.json and safetensors).
 
@@ -111,6 +119,8 @@ def load_quantized(
     name its format. The model comes in eval mode, without gradients, all else in `dtype`; 4-bit scales are fp32,
     flat, contiguous, one per 64 weights of the row-major weight; int8 scales are fp32, one per row, in
     `layer.state.SCB`; those of GPTQ and AQLM are fp32 [out, groups], in `layer.scales`.
+    away: the first so many blocks (`offload.block_names`) are quantised on `device`, and wait in host memory; `mapped`:
+    as pages of the folder's files, if bitsandbytes quantised it already.
     Raises ModelError for whatever is wrong with the folder.
     """
     if quantization not in QUANTIZATIONS:
@@ -124,25 +134,111 @@ def load_quantized(
         formats = _layer_formats(model, checkpoint, quantization)
         _check(model, formats, checkpoint)
         dense = [name for name in _own_tensors(model) if name.removesuffix(".weight") not in formats]
-        room = {name: _room(model, name, format, checkpoint, device) for name, format in formats.items()}
-        loaders = {"int8": _int8_layer, "gptq": packed.gptq_layer, "aqlm": packed.aqlm_layer}
+        waiting = block_names(model)[:away] if away else []
+        mapped = mapped and bool(away) and all(_statistics(checkpoint, f"{n}.weight", f) for n, f in formats.items())
+        homes = {name: torch.device("cpu") if _within(name, waiting) else device for name in (*formats, *dense)}
+        room = {
+            name: _room(model, name, format, checkpoint, homes[name])
+            for name, format in formats.items()
+            if not (mapped and _within(name, waiting))
+        }
         for name, format in formats.items():
-            load = loaders.get(format, _4bit_layer)
-            layer = load(model.get_submodule(name), format, f"{name}.weight", checkpoint, *room[name], dtype)
+            layer = _layer(model, name, format, checkpoint, room.get(name), device, dtype)
             model.set_submodule(name, layer)
         for name in dense:
-            tensor = checkpoint.read(name)
-            kind = _dense_dtype(model, name, dtype) if tensor.is_floating_point() else tensor.dtype
-            tensor = tensor.to(device, kind, copy=True)
-            set_module_tensor_to_device(model, name, device, value=tensor, dtype=kind)
-    for module in model.modules():  # buffers that are computed, not saved
-        for name, buffer in module.named_buffers(recurse=False):
-            module._buffers[name] = buffer.to(device)
+            _put_dense(model, name, checkpoint, homes[name], dtype, copy=not (mapped and _within(name, waiting)))
+    for name, module in model.named_modules():  # buffers that are computed, not saved
+        for key, buffer in module.named_buffers(recurse=False):
+            module._buffers[key] = buffer.to("cpu" if _within(name, waiting) else device)
     if isinstance(model, transformers.PreTrainedModel):
         model.tie_weights()
     if formats and quantization not in READ:
         _note_quantization(model, _quantization_config(formats, dtype))
     return model.eval().requires_grad_(False)
+
+
+def store_quantized(
+    folder: Path, out: Path, *, quantization: str, device: str | torch.device = "cpu", dtype: torch.dtype
+) -> Path:
+    """A quantised copy of the model in `folder`, written to `out` block by block: host memory holds one block.
+
+    For models that are to be streamed from disk (`load_quantized` with `mapped`). What is there already stays; a folder
+    that is quantised itself needs no copy and is returned. Raises ModelError, and OSError for a full disk.
+    """
+    if quantization in READ:
+        return folder
+    if (out / "config.json").exists():
+        return out
+    device, config = torch.device(device), read_json(folder / "config.json")
+    _refuse_others(folder, config)
+    with Checkpoint(folder) as checkpoint:
+        with init_empty_weights():
+            model = _empty_model(folder, config, dtype)
+        formats = _layer_formats(model, checkpoint, quantization)
+        _check(model, formats, checkpoint)
+        if all(_statistics(checkpoint, f"{name}.weight", format) for name, format in formats.items()):
+            return folder
+        dense = [name for name in _own_tensors(model) if name.removesuffix(".weight") not in formats]
+        parts = [[name] for name in block_names(model)] + [[]]
+        work = out.with_name(f".{out.name}.{os.getpid()}.tmp")
+        index: dict[str, str] = {}
+        try:
+            work.mkdir(parents=True)
+            for number, part in enumerate(parts, 1):
+                mine = lambda name: _within(name, part) if part else True  # noqa: B023, E731
+                for name in [name for name in formats if mine(name)]:
+                    room = _room(model, name, formats[name], checkpoint, torch.device("cpu"))
+                    layer = _layer(model, name, formats.pop(name), checkpoint, room, device, dtype)
+                    model.set_submodule(name, layer)
+                for name in [name for name in dense if mine(name)]:
+                    _put_dense(model, name, checkpoint, torch.device("cpu"), dtype)
+                    dense.remove(name)
+                tied = getattr(model, "all_tied_weights_keys", {})
+                state = {n: t.contiguous() for n, t in model.state_dict().items() if mine(n) and n not in tied}
+                shard = f"model-{number:05d}-of-{len(parts):05d}.safetensors"
+                save_file(state, work / shard)
+                index |= dict.fromkeys(state, shard)
+                for name in part:
+                    model.set_submodule(name, nn.Identity())
+            (work / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
+            for file in folder.glob("*.json"):
+                if "index" not in file.name:
+                    shutil.copyfile(file, work / file.name)  # config.json among them; codes speak for themselves
+            os.replace(work, out)
+        finally:
+            shutil.rmtree(work, ignore_errors=True)
+    return out
+
+
+def _within(name: str, modules: Collection[str]) -> bool:
+    """Whether a tensor or module belongs to one of some modules."""
+    return any(name == module or name.startswith(f"{module}.") for module in modules)
+
+
+def _layer(
+    model: nn.Module,
+    name: str,
+    format: str,
+    checkpoint: Checkpoint,
+    room: tuple[Tensor, Tensor] | None,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> nn.Module:
+    """The quantised layer of that name; without room for it, its numbers stay pages of the file."""
+    linear, weight = model.get_submodule(name), f"{name}.weight"
+    if format in READ:
+        make = packed.gptq_layer if format == "gptq" else packed.aqlm_layer
+        return make(linear, format, weight, checkpoint, *room, dtype)
+    make = _int8_layer if format == "int8" else _4bit_layer
+    return make(linear, format, weight, checkpoint, room, device, dtype)
+
+
+def _put_dense(
+    model: nn.Module, name: str, checkpoint: Checkpoint, home: torch.device, dtype: torch.dtype, copy: bool = True
+) -> None:
+    tensor = checkpoint.read(name)
+    kind = _dense_dtype(model, name, dtype) if tensor.is_floating_point() else tensor.dtype
+    set_module_tensor_to_device(model, name, home, value=tensor.to(home, kind, copy=copy), dtype=kind)
 
 
 def _refuse_others(folder: Path, config: dict) -> None:
@@ -316,26 +412,30 @@ def _4bit_layer(
     format: str,
     weight: str,
     checkpoint: Checkpoint,
-    codes: Tensor,
-    scales: Tensor,
+    room: tuple[Tensor, Tensor] | None,
+    device: torch.device,
     dtype: torch.dtype,
 ) -> Linear4bit:
     tensor = checkpoint.read(weight)
+    codes, scales = room or (tensor, None)
     if statistics := _statistics(checkpoint, weight, format):
         saved = {name: checkpoint.read(name) for name in statistics}
         state = QuantState.from_dict(saved, device=codes.device)
         unnest(state)
-        if state.blocksize != BLOCK or state.absmax.numel() != scales.numel():
+        scales = state.absmax if scales is None else scales
+        if state.blocksize != BLOCK or state.absmax.numel() != math.ceil(linear.weight.numel() / BLOCK):
             raise ModelError(
                 f"{checkpoint.folder}: the scales of {weight} do not fit its codes, one for {BLOCK} weights; "
                 "download the model again"
             )
-        codes.copy_(tensor)
-        scales.copy_(state.absmax)
+        if room:
+            codes.copy_(tensor)
+            scales.copy_(state.absmax)
         state.code = state.code.clone()
     else:
-        state = _quantize_4bit(tensor.flatten(), format, codes, scales)
+        state = _quantize_4bit(tensor.flatten(), format, codes, scales, device)
         state.shape = linear.weight.shape
+        state.code = state.code.to(codes.device)
     state.absmax, state.dtype = scales, dtype
     layer = Linear4bit(
         linear.in_features,
@@ -359,13 +459,14 @@ def _4bit_layer(
     return layer
 
 
-def _quantize_4bit(flat: Tensor, format: str, codes: Tensor, scales: Tensor) -> QuantState:
-    # In the dtype of the file, not of the computation, so that codes do not depend on the latter.
+def _quantize_4bit(flat: Tensor, format: str, codes: Tensor, scales: Tensor, device: torch.device) -> QuantState:
+    # On the device that computes, wherever codes are kept: quantisers may differ in ties. In the dtype of the file, not
+    # of the computation, so that codes do not depend on the latter.
     if flat.dtype not in (torch.float32, torch.float16, torch.bfloat16):
         flat = flat.float()
-    step = PIECE if codes.is_cpu else flat.numel()
+    step = PIECE if device.type == "cpu" else flat.numel()
     for start in range(0, flat.numel(), step):
-        piece = flat[start : start + step].to(codes.device)
+        piece = flat[start : start + step].to(device)
         packed, state = quantize_4bit(piece, blocksize=BLOCK, compress_statistics=False, quant_type=format)
         codes[start // 2 :][: packed.numel()] = packed
         scales[start // BLOCK :][: state.absmax.numel()] = state.absmax
@@ -377,18 +478,22 @@ def _int8_layer(
     format: str,
     weight: str,
     checkpoint: Checkpoint,
-    codes: Tensor,
-    scales: Tensor,
+    room: tuple[Tensor, Tensor] | None,
+    device: torch.device,
     dtype: torch.dtype,
 ) -> Linear8bitLt:
     tensor = checkpoint.read(weight)
     if _statistics(checkpoint, weight, format):
-        codes.copy_(tensor)
-        scales.copy_(checkpoint.read(weight.removesuffix("weight") + "SCB"))
+        saved = (tensor, checkpoint.read(weight.removesuffix("weight") + "SCB"))
+        codes, scales = room or saved
+        if room:
+            codes.copy_(saved[0])
+            scales.copy_(saved[1])
     else:
-        rows = max(1, PIECE // linear.in_features) if codes.is_cpu else linear.out_features
+        codes, scales = room
+        rows = max(1, PIECE // linear.in_features) if device.type == "cpu" else linear.out_features
         for start in range(0, linear.out_features, rows):
-            piece = tensor[start : start + rows].to(codes.device, torch.float16)
+            piece = tensor[start : start + rows].to(device, torch.float16)
             codes[start : start + rows], scales[start : start + rows], _ = int8_vectorwise_quant(piece)
     layer = Linear8bitLt(
         linear.in_features,

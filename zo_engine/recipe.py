@@ -26,7 +26,7 @@ def grown(directions: int, step: int) -> int:
     return directions << min(step // GROWTH, DOUBLINGS)
 
 
-PRIVATE = ("images", "texts", "device")  # where things lie on this machine
+PRIVATE = ("images", "texts", "device", "memory", "offload")  # where things lie on this machine
 TEXT_FIELDS = (
     *("texts", "text_columns", "skip_bad", "length", "completions_only"),
     *("task", "reward", "answer_tokens", "temperature"),
@@ -106,6 +106,10 @@ class Recipe:
     seed: int = setting(0, "seed of the run", low=0, high=2**63 - 1)
     device: str = setting("auto", "auto, cpu, cuda or cuda:N")
     dtype: str = setting("auto", "compute precision", choices=("auto", "float32", "float16", "bfloat16"))
+    memory: str = setting("", "of the device, that a step may use, such as 6GB; auto: what is free; blocks that do not "
+                          "fit stream, and rows become fewer if need be; empty: as much as it takes")  # fmt: skip
+    offload: str = setting("auto", "where blocks wait that do not stay on the device; without memory, cpu and disk "
+                           "stream them all", choices=("auto", "resident", "cpu", "disk"))  # fmt: skip
 
     def __post_init__(self) -> None:
         for f in fields(self):

@@ -165,9 +165,11 @@ class ScaleView:
     def put(self, scale: Tensor) -> None:
         """Make the layer compute with `scale` (any shape of the right size) from its next forward on.
 
-        The new tensor is contiguous and keeps the base's dtype: bitsandbytes misreads anything else in silence.
+        The new tensor is contiguous and keeps the base's dtype: bitsandbytes misreads anything else in silence. It goes
+        where the layer's scale is now: a streamed layer is on the device only while it computes.
         """
-        self.format.put(self.module, scale.to(self.base.dtype).contiguous().view(self.base.shape))
+        scale = scale.to(self.live.device, self.base.dtype)
+        self.format.put(self.module, scale.contiguous().view(self.base.shape))
 
     def restore(self) -> None:
         """Put the base back: the very tensor, hence bit for bit."""

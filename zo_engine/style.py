@@ -57,7 +57,7 @@ def make_method(space: Space, recipe: Recipe, device: torch.device | str = "cpu"
             space.layout,
             [space.layout.part(level.layers) for level in found],
             seed=recipe.seed,
-            per_part=[max(1, (recipe.directions or DIRECTIONS) // level.thin) for level in found],
+            per_part=[level.share(recipe.directions or DIRECTIONS) for level in found],
             kind=recipe.noise,
             eps=recipe.eps,
             device=device,

@@ -20,13 +20,26 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from zo_engine import cache, dataset, evaluation, models, pictures, plots, rewards, sealed, templates, texts, tokens
+from zo_engine import (
+    cache,
+    dataset,
+    evaluation,
+    models,
+    pictures,
+    plan,
+    plots,
+    rewards,
+    sealed,
+    templates,
+    texts,
+    tokens,
+)
 from zo_engine.blocks import Prefix, Replay, levels
 from zo_engine.hub import is_language, read_json, some
 from zo_engine.journal import Record, short
 from zo_engine.newton import FRESH, GaussNewton
 from zo_engine.probes import Probes, Space, evaluate
-from zo_engine.recipe import Recipe, RecipeError
+from zo_engine.recipe import DIRECTIONS, DOUBLINGS, Recipe, RecipeError
 from zo_engine.run import Run, write_atomic
 from zo_engine.scales import ScaleView, find_scales, formats_of, prove_live
 from zo_engine.style import Style, journal_tensors, make_method, make_space, save_style, theta_tensors
@@ -38,7 +51,7 @@ from zo_engine.tasks.text import answers as replies
 from zo_engine.texts import Message
 from zo_engine.zo import ZO, trapezoid
 
-TOKENS = 4800  # of one forward pass, where the recipe does not say how many rows: what the caches of a processor like
+TOKENS = plan.TOKENS  # of one forward pass, where the recipe does not say how many rows: caches of a processor like it
 TELL = 1.0  # seconds between two reports of a long step
 TASK_ROWS = 1000  # of a task, that are learnt, as in MeZO; the held-out share comes beside
 PATIENCE = 20  # steps in a row without a finite loss, after which a run gives up
@@ -112,6 +125,7 @@ class Drawing:
             height=self.size[1],
             steps=steps or recipe.preview_steps,
             guidance=recipe.guidance,
+            together=max(1, recipe.rows // 2) if recipe.memory else 16,  # with guidance a picture is two rows
         )
 
     def file(self, run: Run, step: int) -> Path:
@@ -244,7 +258,7 @@ def prepare(recipe: Recipe, cache_folder: Path, say: Callable[[str], None] = lam
     """Load what the recipe asks for. Raises ValueError (of some kind) for whatever the user can mend."""
     with device_faults("loading the model"):
         asked = recipe.texts or recipe.task
-        return prepare_texts(recipe, say) if asked else prepare_pictures(recipe, cache_folder, say)
+        return (prepare_texts if asked else prepare_pictures)(recipe, cache_folder, say)
 
 
 def prepare_pictures(recipe: Recipe, cache_folder: Path, say: Callable[[str], None]) -> Studio:
@@ -273,8 +287,13 @@ def prepare_pictures(recipe: Recipe, cache_folder: Path, say: Callable[[str], No
     plain = plain_prompts([picture.caption for picture in found], recipe.trigger) if recipe.prior else []
     text = cache.embeddings(store, folder, [*captions, *plain], models.text_length(folder), *encoders)
 
+    sizes = [bucket for _, bucket in placed]
+    work = plan.Work(recipe.batch_size, len(text[""][0]), max(sizes, key=math.prod), recipe.depth, dtype=dtype)
+    recipe, placement = place(recipe, folder / "transformer", work, device, cache_folder, notes)
     say(f"loading {known.title} in {recipe.quantization}")
-    transformer = models.load_transformer(folder, quantization=recipe.quantization, device=device, dtype=dtype)
+    transformer = models.load_transformer(
+        folder, quantization=recipe.quantization, device=device, dtype=dtype, placement=placement
+    )
     space = tuned(transformer, recipe, notes)
     if not held_out:
         notes.append("too few pictures to hold some out: the held-out loss is measured on training pictures")
@@ -303,7 +322,6 @@ def prepare_pictures(recipe: Recipe, cache_folder: Path, say: Callable[[str], No
         device=device,
         dtype=dtype,
     )
-    sizes = [bucket for _, bucket in placed]
     return Studio(
         recipe=recipe,
         code_hash=models.code_hash(transformer),
@@ -317,7 +335,7 @@ def prepare_pictures(recipe: Recipe, cache_folder: Path, say: Callable[[str], No
     )
 
 
-def prepare_texts(recipe: Recipe, say: Callable[[str], None]) -> Studio:
+def prepare_texts(recipe: Recipe, cache_folder: Path, say: Callable[[str], None]) -> Studio:
     """Of a recipe with `texts` or a `task`."""
     device = pick_device(recipe.device)
     known = models.describe(recipe.model)
@@ -328,7 +346,7 @@ def prepare_texts(recipe: Recipe, say: Callable[[str], None]) -> Studio:
             "language model"
         )
     if recipe.task:
-        return prepare_task(recipe, folder, say)
+        return prepare_task(recipe, folder, cache_folder, say)
     columns = dict(entry.split("=", 1) for entry in recipe.text_columns)
     contents = texts.read(recipe.texts, columns, recipe.skip_bad)
     tokenizer = models.load_tokenizer(folder)
@@ -359,9 +377,12 @@ def prepare_texts(recipe: Recipe, say: Callable[[str], None]) -> Studio:
     asked = [(Message("user", prompt),) for prompt in recipe.prompts]
     prompts = asked or begun([example for example, _ in (*held_out, *train)])
 
+    dtype, longest = pick_dtype(recipe.dtype, device), max(len(t.ids) for t in rendered.examples)
+    work = plan.Work(recipe.batch_size, longest, depth=recipe.depth, dtype=dtype)
+    recipe, placement = place(recipe, folder, work, device, cache_folder, notes)
     say(f"loading {known.title} in {recipe.quantization}")
     model = models.load_language_model(
-        folder, quantization=recipe.quantization, device=device, dtype=pick_dtype(recipe.dtype, device)
+        folder, quantization=recipe.quantization, device=device, dtype=dtype, placement=placement
     )
     space = tuned(model, recipe, notes)
     learnt = lambda part: [t for _, t in part]  # noqa: E731
@@ -386,7 +407,7 @@ def prepare_texts(recipe: Recipe, say: Callable[[str], None]) -> Studio:
     )
 
 
-def prepare_task(recipe: Recipe, folder: Path, say: Callable[[str], None]) -> Studio:
+def prepare_task(recipe: Recipe, folder: Path, cache_folder: Path, say: Callable[[str], None]) -> Studio:
     """Of a recipe with a `task` of MeZO's table: its data set's own rows, from `texts` or the hub, as its templates
     ask; trained as a choice among candidates where MeZO does."""
     asked = templates.named(recipe.task)
@@ -403,9 +424,12 @@ def prepare_task(recipe: Recipe, folder: Path, say: Callable[[str], None]) -> St
     judged = (held_out or train)[: recipe.evaluate_items]
     known = models.describe(recipe.model)
     notes = [f"{len(train)} of {total} rows are learnt and {len(held_out)} held out, drawn by the seed"]
+    dtype = pick_dtype(recipe.dtype, device)
+    work = plan.Work(recipe.batch_size, length, depth=recipe.depth, dtype=dtype)
+    recipe, placement = place(recipe, folder, work, device, cache_folder, notes)
     say(f"loading {known.title} in {recipe.quantization}")
     model = models.load_language_model(
-        folder, quantization=recipe.quantization, device=device, dtype=pick_dtype(recipe.dtype, device)
+        folder, quantization=recipe.quantization, device=device, dtype=dtype, placement=placement
     )
     space = tuned(model, recipe, notes)
     choices = lambda part: [evaluation.question(tokenizer, case, length) for case in part if case.candidates]  # noqa: E731
@@ -439,6 +463,48 @@ def rewarding(name: str, contents: texts.Contents, say: Callable[[str], None]) -
     if rewards.is_file(name):
         say(f"running the code of {name}: a reward of your own is a program with all that you may do")
     return rewards.load(name)
+
+
+def place(
+    recipe: Recipe, part: Path, work: plan.Work, device: torch.device, cache_folder: Path, notes: list[str]
+) -> tuple[Recipe, models.Placement]:
+    """Where the blocks of the model in `part` go, by the recipe's `memory` and `offload`; what was derived is in the
+    recipe that comes back, and in the notes. Raises PlanError where nothing fits, RecipeError without gauss-newton."""
+    if not recipe.memory:
+        return recipe, streaming(recipe.offload, part, cache_folder)
+    if recipe.optimizer != "gauss-newton":
+        raise RecipeError(
+            f'memory is reckoned for optimizer "gauss-newton"; with "{recipe.optimizer}" set rows and offload instead'
+        )
+    if recipe.quantization not in plan.KNOWN:
+        raise RecipeError(
+            f"memory is reckoned for {', '.join(plan.KNOWN)}, not for {recipe.quantization}; set rows and offload "
+            "instead"
+        )
+    model = plan.skeleton(read_json(part / "config.json"), recipe.quantization, work.dtype)
+    work = dataclasses.replace(work, directions=(recipe.directions or DIRECTIONS) << DOUBLINGS)  # of the last steps
+    memory = free(device) if recipe.memory == "auto" else plan.parse_memory(recipe.memory)
+    tier = recipe.offload
+    if tier == "auto":
+        tier = "cpu" if plan.sizes(model)[0] < psutil.virtual_memory().available else "disk"
+    made = plan.fitting(model, work, memory, recipe.rows, tier)
+    notes.append(f"planned for {memory / 1e9:.2f} GB: {made.said()}")
+    recipe = dataclasses.replace(recipe, rows=made.rows, offload=made.tier)
+    return recipe, models.Placement(made.away, made.slots, cache_folder / "blocks" if made.tier == "disk" else None)
+
+
+def streaming(offload: str, part: Path, cache_folder: Path) -> models.Placement:
+    """Every block away, or none: what `offload` says alone."""
+    if offload not in ("cpu", "disk"):
+        return models.RESIDENT
+    blocks = len(plan.block_names(plan.skeleton(read_json(part / "config.json"))))
+    return models.Placement(blocks, plan.SLOTS, cache_folder / "blocks" if offload == "disk" else None)
+
+
+def free(device: torch.device) -> int:
+    """Bytes that a step may use: nine tenths of what is free now."""
+    available = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+    return int(0.9 * available)
 
 
 def tuned(model: torch.nn.Module, recipe: Recipe, notes: list[str]) -> Space:
@@ -490,6 +556,9 @@ class Training:
         found = levels(studio.space.views, self.recipe.depth)
         self.prefixes = [Prefix(studio.model, level) if level.first else None for level in found]
         self.rows = rows_of(studio)
+        self.rows = rows_of(studio)
+        mover = getattr(studio.model, "mover", None)
+        self.relay = mover.relay if mover else []
         self.best = (math.inf, 0)  # held-out loss and step
         self.start: list[float] = []  # held-out items before the first step
         self.held_out: float | None = None
@@ -553,8 +622,8 @@ class Training:
             space = self.studio.space
             if prefix and (level, fresh) not in replays:
                 with space.dressed(theta):
-                    replays[level, fresh] = prefix.run(rows, size, self.rows)
-            return evaluate(space, theta, probes, rows, self.rows, replays.get((level, fresh)))
+                    replays[level, fresh] = prefix.run(rows, size, self.rows, self.relay)
+            return evaluate(space, theta, probes, rows, self.rows, replays.get((level, fresh)), self.relay)
 
         if isinstance(self.method, GaussNewton):
             with self.studio.space.folded(theta):
@@ -581,11 +650,30 @@ class Training:
         schedule = trapezoid(step, recipe.steps, recipe.warmup, recipe.decay)
         return self.method.advance(losses, recipe.batch_size, recipe.space == "gain", schedule)
 
+    def attempt(self, phase: str, run: Callable[[], Any]) -> Any:
+        """run(); where the device's memory was not enough and `memory` leaves it to us, once more with half the rows.
+
+        Nothing is lost: until a step is in the journal, it has not been. Raises TrainingError, saying what to do."""
+        for again in (True, False):
+            try:
+                return run()
+            except torch.OutOfMemoryError as error:
+                reason = str(error).split(". ")[0]
+                if not (again and self.recipe.memory and self.rows > 1):
+                    raise TrainingError(
+                        f"{phase} ran out of the device's memory with {self.rows} rows a pass ({reason}); all steps "
+                        'before are saved: resume with fewer rows, a smaller memory, or offload = "cpu"'
+                    ) from error
+            self.rows //= 2
+            self.run.log(f"{phase} ran out of memory ({reason}); tried again with {self.rows} rows a pass")
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+
     # Once in a while
 
     def evaluate(self) -> None:
         """The held-out loss of theta as it stands; the best theta is kept."""
-        items, figures = measured(self.studio, self.method.theta)
+        items, figures = measured(self.studio, self.method.theta, self.rows)
         start = self.start or items
         change = np.subtract(items, start) if np.isfinite(items + start).all() else np.full(len(items), np.nan)
         facts = {
@@ -679,12 +767,12 @@ def rows_of(studio: Studio) -> int:
 
 
 @torch.no_grad()
-def measured(studio: Studio, theta: Tensor) -> tuple[list[float], dict[str, float]]:
-    """(loss of every held-out item, other figures of the task) at a theta."""
+def measured(studio: Studio, theta: Tensor, rows: int) -> tuple[list[float], dict[str, float]]:
+    """(loss of every held-out item, other figures of the task) at a theta, with so many rows a pass."""
     with studio.space.folded(theta):
         figures = studio.task.figures()
         batches = studio.task.evaluation(studio.recipe.evaluate_items)
-        parts = [studio.task.losses(b) for batch in batches for b in _pieces(batch, rows_of(studio))]
+        parts = [studio.task.losses(b) for batch in batches for b in _pieces(batch, rows)]
     return [short(x) for x in torch.cat(parts).tolist()], figures
 
 
@@ -781,7 +869,7 @@ def train(run: Run, studio: Studio, report: Callable[[dict], None], stop: thread
         if method.step % recipe.evaluate_every == 0 or at_end or "save" in asked:
             if not any(e["step"] == method.step for e in run.evaluations()):
                 with device_faults("the held-out loss"):
-                    training.evaluate()
+                    training.attempt(f"the evaluation at step {method.step}", training.evaluate)
             training.checkpoint()
         if why := training.diverged():
             give_up(why)
@@ -791,14 +879,14 @@ def train(run: Run, studio: Studio, report: Callable[[dict], None], stop: thread
         due = method.step == 0 or at_end or (recipe.preview_every and method.step % recipe.preview_every == 0)
         due = due or "preview" in asked
         if due and not studio.preview.file(run, method.step).exists():
-            training.preview()
+            training.attempt(f"the preview at step {method.step}", training.preview)
         if at_end or stop.is_set():
             break
         if method.step == first:
             began = told = time.monotonic()  # the evaluation and the previews before it are no measure of a step
         try:
             with device_faults(f"step {method.step}"):
-                record = training.step(tell)
+                record = training.attempt(f"step {method.step}", lambda: training.step(tell))
         except _Halted:
             break
         if method.step == first + 1:  # the proof that a step works here, before hours are spent

@@ -16,7 +16,7 @@ from zo_engine import sealed
 from zo_engine.apply import open_style
 from zo_engine.run import Run, RunError
 from zo_engine.style import FORMAT, load_style, theta_of
-from zo_engine.train import Studio, measured, pick_device, prepare, replayed
+from zo_engine.train import Studio, measured, pick_device, prepare, replayed, rows_of
 
 CLOSE = 1e-3  # of the loss: what other sums of fp32 numbers may change
 
@@ -165,7 +165,7 @@ def _losses(studio: Studio, evaluations: list[dict], thetas: dict[int, torch.Ten
         return
     best = min(known, key=lambda facts: facts["loss"])
     for step, facts in sorted({facts["step"]: facts for facts in (known[0], best, known[-1])}.items()):
-        items, _ = measured(studio, thetas[step])
+        items, _ = measured(studio, thetas[step], rows_of(studio))
         off = float(np.abs(np.subtract(items, facts["items"])).max()) if len(items) == len(facts["items"]) else np.inf
         says = "equal, item by item" if off == 0 else f"{off:.2g} apart at most, item by item"
         sound = off <= CLOSE * max(abs(facts["loss"]), 1e-12)

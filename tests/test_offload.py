@@ -1,0 +1,340 @@
+"""Offloading: streamed equals resident bit for bit, whatever the slots and the tier; what moves, and in which order."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+import test_text_train
+import test_train
+import tiny
+import torch
+from safetensors.torch import load_file
+from test_probes import BATCH, SPACES, probes_of, sd3_loss, some_theta
+from test_train import go
+from torch import nn
+
+from zo_engine import models, plan
+from zo_engine import train as training
+from zo_engine.apply import open_style
+from zo_engine.blocks import Level, Prefix, levels
+from zo_engine.models import Placement
+from zo_engine.newton import FRESH, GaussNewton
+from zo_engine.offload import Mover, OffloadError, block_names, tensors
+from zo_engine.probes import GainSpace, evaluate
+from zo_engine.recipe import Recipe, RecipeError
+from zo_engine.scales import find_scales, prove_live
+from zo_engine.tasks.text import stack, token_features, token_losses
+from zo_engine.tokens import Tokens
+
+
+@pytest.fixture(scope="session")
+def language_folder(tmp_path_factory) -> Path:
+    return tiny.save_language_model(tmp_path_factory.mktemp("language") / "model", tied=True)
+
+
+@pytest.fixture
+def streamed(language_folder, tmp_path):
+    """streamed(away, slots, disk): the tiny Llama, its first blocks away."""
+
+    def load(away=4, slots=2, disk=False, quantization="nf4", folder=language_folder):
+        placement = Placement(away, slots, tmp_path / "store" if disk else None)
+        return models.load_language_model(folder, quantization=quantization, placement=placement)
+
+    return load
+
+
+def modules(model: nn.Module) -> list[nn.Module]:
+    return [block.module for block in model.mover.blocks]
+
+
+def texts(count=3) -> object:
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(5, 100, (count, 12), generator=generator).tolist()
+    return stack([Tokens(tuple(row), tuple(row)) for row in ids])
+
+
+def logits(model: nn.Module) -> torch.Tensor:
+    with torch.no_grad():
+        return model(input_ids=texts().tokens, use_cache=False).logits
+
+
+def gauss_newton(model: nn.Module, chunk: int = 4, relay=(), steps: int = 2) -> tuple[list, torch.Tensor]:
+    """Two steps as training makes them: the journal and theta."""
+    views = find_scales(model)
+    found = levels(views, 0.5)
+    space = GainSpace({name: views[name] for level in found for name in level.layers})
+    parts = [space.layout.part(level.layers) for level in found]
+    method = GaussNewton(space.layout, parts, seed=3, per_part=[6] * len(parts))
+    prefixes = [Prefix(model, level) for level in found]
+    batch, journal = texts(2 * FRESH), []
+    for _ in range(steps):
+        replays = {}
+
+        def outcomes(part, probes, fresh, replays=replays):
+            read = token_losses if fresh else token_features
+            rows = lambda sample: read(model, batch.take(sample))  # noqa: E731
+            if part not in replays:
+                with space.dressed(method.theta):
+                    replays[part] = prefixes[part].run(rows, 2 * FRESH, chunk, relay)
+            found = evaluate(space, method.theta, probes, rows, chunk, replays[part], relay)
+            return found[:, None] if fresh else found
+
+        journal.append(method.advance(outcomes, 2))
+    return journal, method.theta
+
+
+def test_the_blocks_are_found_by_themselves(transformer, language_folder):
+    assert block_names(transformer("nf4")) == ["transformer_blocks.0", "transformer_blocks.1"]
+    assert block_names(models.load_language_model(language_folder))[-1] == "model.layers.3"
+    with pytest.raises(OffloadError, match="no list of blocks 'layers'; it has transformer_blocks"):
+        block_names(transformer("nf4"), ["layers"])
+    with pytest.raises(OffloadError, match="Linear has no list of blocks"):
+        block_names(nn.Linear(2, 2))
+
+
+@pytest.mark.parametrize("disk", [False, True])
+@pytest.mark.parametrize(("away", "slots"), [(4, 1), (4, 2), (4, 3), (4, 9), (2, 2), (1, 2)])
+def test_a_streamed_model_answers_bit_for_bit(streamed, language_folder, away, slots, disk):
+    expected = logits(models.load_language_model(language_folder))
+    model = streamed(away, slots, disk)
+    for _ in range(3):
+        assert torch.equal(logits(model), expected)
+
+
+@pytest.mark.parametrize("quantization", ["nf4", "fp4", "int8"])
+@pytest.mark.parametrize("disk", [False, True])
+def test_every_format_and_a_pipeline_stream(tiny_folder, transformer, tmp_path, quantization, disk):
+    placement = Placement(2, 1, tmp_path if disk else None)
+    model = models.load_transformer(tiny_folder, quantization=quantization, placement=placement)
+    with torch.no_grad():
+        found, expected = (m(**tiny.inputs(), return_dict=False)[0] for m in (model, transformer(quantization)))
+    assert torch.equal(found, expected)
+    assert models.code_hash(model) == models.code_hash(transformer(quantization))
+    prove_live(find_scales(model))
+
+
+@pytest.mark.parametrize("relay", [False, True])
+@pytest.mark.parametrize(("away", "slots", "disk"), [(4, 1, False), (4, 2, False), (3, 2, False), (4, 2, True)])
+def test_training_streamed_writes_the_same_journal(streamed, language_folder, away, slots, disk, relay):
+    journal, theta = gauss_newton(models.load_language_model(language_folder))
+    model = streamed(away, slots, disk)
+    found, moved = gauss_newton(model, relay=modules(model) if relay else ())
+    assert found == journal
+    assert torch.equal(moved, theta)
+    assert theta.abs().sum() > 0
+
+
+@pytest.mark.parametrize("space", SPACES)
+def test_every_space_streams(transformer, tiny_folder, space):
+    model = models.load_transformer(tiny_folder, placement=Placement(2, 1))
+    outcome = []
+    for one in (transformer("nf4"), model):
+        made = SPACES[space](find_scales(one))
+        theta, probes = some_theta(made), probes_of(made)
+        losses = evaluate(made, theta, probes, sd3_loss(one), 4)
+        with made.folded(theta):
+            folded = sd3_loss(one)(torch.arange(BATCH))
+        outcome.append((losses, folded, sd3_loss(one)(torch.arange(BATCH))))
+    for resident, streamed in zip(*outcome, strict=True):
+        assert torch.equal(resident, streamed)
+    assert not torch.equal(outcome[1][1], outcome[1][2])  # what is folded is not mistaken for what was in the slot
+
+
+def test_a_scale_replaced_at_home_reaches_a_block_that_is_in_its_slot(streamed):
+    model = streamed(4, 9)
+    before = logits(model)
+    view = find_scales(model)["model.layers.2.mlp.up_proj"]
+    loads, moved = model.mover.loads, model.mover.moved
+    view.put(view.base * 1.5)
+    changed = logits(model)
+    assert not torch.equal(changed, before)
+    assert (model.mover.loads, model.mover.moved - moved) == (loads, view.base.nbytes)
+    view.restore()
+    assert torch.equal(logits(model), before)
+
+
+def test_blocks_arrive_before_they_are_needed_also_across_passes(streamed):
+    model = streamed(4, 2)
+    mover = model.mover
+    sizes = [sum(place.home.nbytes for place in block.places) for block in mover.blocks]
+    logits(model)
+    assert (mover.visits, mover.waits, mover.loads) == (4, 1, 5)  # the fifth is the next pass's first
+    logits(model)
+    assert (mover.visits, mover.waits, mover.loads) == (8, 1, 9)
+    assert mover.moved == 2 * sum(sizes) + sizes[0]
+    assert mover.size == 2 * max(block.size for block in mover.blocks)
+
+
+def test_one_slot_loads_at_every_visit_and_enough_slots_once(streamed):
+    one, enough = streamed(4, 1), streamed(4, 4)
+    for model in (one, enough):
+        logits(model)
+        logits(model)
+    assert (one.mover.loads, one.mover.waits) == (8, 8)
+    assert (enough.mover.loads, enough.mover.waits) == (4, 1)
+
+
+def test_a_relay_brings_each_block_once_for_all_passes(streamed):
+    model = streamed(4, 2)
+    space = GainSpace(find_scales(model))
+    batch, theta = texts(), some_theta(space)
+    probes = probes_of(space, count=9)
+    rows = lambda sample: token_losses(model, batch.take(sample))  # noqa: E731
+    found = {}
+    for relay in ((), modules(model)):
+        before = model.mover.loads
+        found[bool(relay)] = evaluate(space, theta, probes, rows, 2, relay=relay), model.mover.loads - before
+    assert torch.equal(found[False][0], found[True][0])
+    assert found[False][1] > 9 * 4 - 2 and found[True][1] <= 4 + 1
+
+
+def test_at_home_between_visits_whatever_happens(streamed):
+    model = streamed(4, 2)
+    homes = [(place, place.tensor.data_ptr()) for block in model.mover.blocks for place in block.places]
+    slots = [(s.buffer.data_ptr(), s.buffer.data_ptr() + s.buffer.nbytes) for s in model.mover.slots]
+    inside = []
+
+    def look(module, args):
+        inside.append(any(a <= module.weight.quant_state.absmax.data_ptr() < b for a, b in slots))
+        raise KeyError("inside")
+
+    hook = model.model.layers[1].mlp.up_proj.register_forward_pre_hook(look)
+    with pytest.raises(KeyError, match="inside"):
+        logits(model)
+    hook.remove()
+    assert inside == [True]
+    assert all(place.tensor.data_ptr() == home for place, home in homes)
+    expected = logits(model)
+    model.mover.close()
+    assert torch.equal(logits(model), expected)
+    assert not any("forward" in module.__dict__ for module in model.modules())
+
+
+def test_what_two_blocks_share_stays_on_the_device():
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = nn.ModuleList(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)) for _ in range(2))
+            self.layers[1][0].weight = self.layers[0][0].weight
+
+        def forward(self, x):
+            return self.layers[1](self.layers[0](x))
+
+    model, x = Twice().requires_grad_(False), torch.ones(1, 4)
+    expected = model(x)
+    mover = Mover(model, block_names(model), "cpu", 1)
+    assert torch.equal(model(x), expected)
+    assert [len(block.places) for block in mover.blocks] == [3, 3]
+
+
+def test_from_disk_blocks_are_pages_of_files_written_once(streamed, language_folder, tmp_path):
+    model = streamed(4, 2, disk=True)
+    (store,) = (tmp_path / "store").iterdir()
+    written = {file: file.stat().st_mtime_ns for file in store.iterdir()}
+    assert len(list(store.glob("*.safetensors"))) == 4 + 1  # a shard a block, and what is outside of them
+    shard = load_file(sorted(store.glob("*.safetensors"))[2])
+    assert torch.equal(shard["model.layers.2.mlp.up_proj.weight"], model.model.layers[2].mlp.up_proj.weight.data)
+    again = streamed(4, 2, disk=True)
+    assert {file: file.stat().st_mtime_ns for file in store.iterdir()} == written
+    assert models.code_hash(again) == models.code_hash(models.load_language_model(language_folder))
+    mapped = Path("/proc/self/maps")
+    if mapped.exists():
+        assert str(store) in mapped.read_text()
+
+
+def test_an_exported_streamed_model_is_the_resident_one(streamed, language_folder, tmp_path):
+    out = models.export_language_model(language_folder, streamed(), tmp_path / "out")
+    assert torch.equal(logits(models.load_language_model(out)), logits(models.load_language_model(language_folder)))
+    mapped = streamed(disk=True, folder=out)  # quantised already: no copy is made
+    assert not (tmp_path / "store").exists()
+    assert torch.equal(logits(mapped), logits(models.load_language_model(language_folder)))
+
+
+def test_tensors_that_share_memory_are_one_place():
+    layer = nn.Linear(3, 3)
+    layer.register_buffer("same", layer.weight.data)
+    assert sorted(len(place.holders) for place in tensors(layer)) == [1, 2]
+
+
+def test_a_level_in_a_model_whose_blocks_stream_counts_its_prefix_once(streamed):
+    model = streamed(4, 2)
+    prefix = Prefix(model, Level((), "model.layers", 2))
+    batch = texts(4)
+    rows = lambda sample: token_losses(model, batch.take(sample))  # noqa: E731
+    for relay, most in (((), 4 * 2 + 2), (modules(model), 2 + 2)):
+        before = model.mover.loads
+        prefix.run(rows, 4, 1, relay)
+        assert model.mover.loads - before <= most
+
+
+# A whole run
+
+data, recipe = test_train.data, test_train.recipe  # fixtures: ten pictures, and what to do with them
+
+
+@pytest.fixture(scope="module")
+def recipes(recipe, tmp_path_factory) -> dict[str, Recipe]:
+    """Two steps of pictures, and of texts."""
+    folder = tmp_path_factory.mktemp("run")
+    (folder / "texts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in test_text_train.ROWS))
+    model = tiny.save_language_model(folder / "model")
+    shorter = {"steps": 2, "directions": 3, "evaluate_every": 2, "batch_size": 2, "rows": 4}
+    return {
+        "pictures": dataclasses.replace(recipe, **shorter),
+        "texts": Recipe(texts=str(folder / "texts.jsonl"), model=str(model), depth=0.5, length=100, evaluate_items=8,
+                        answer_tokens=3, preview_every=0, **shorter),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("what", ["pictures", "texts"])
+def test_a_streamed_run_is_the_resident_run(recipes, what, tmp_path):
+    read = {"pictures": test_train.results, "texts": test_text_train.results}[what]
+    resident = go(training.prepare(recipes[what], tmp_path / "cache"), tmp_path / "resident")
+    for offload in ("cpu", "disk"):
+        asked = dataclasses.replace(recipes[what], offload=offload)
+        studio = training.prepare(asked, tmp_path / "cache")
+        run = go(studio, tmp_path / offload, stop_after=1)
+        assert studio.model.mover.loads > 0
+        assert read(go(training.prepare(asked, tmp_path / "cache"), tmp_path / offload)) == read(resident)
+    styled = open_style(run.path, tmp_path / "cache")
+    assert styled.model.mover.from_disk
+    assert open_style(resident.path, tmp_path / "cache").model.__dict__.get("mover") is None
+    assert open_style(resident.path, tmp_path / "cache", offload="cpu").model.mover.blocks
+
+
+def test_memory_is_planned_said_and_kept(recipes, tmp_path):
+    wide = dataclasses.replace(recipes["texts"], rows=0, memory="1GB")
+    studio = training.prepare(wide, tmp_path)
+    assert (studio.recipe.offload, studio.recipe.rows > 1) == ("resident", True)
+    assert any(note.startswith("planned for 1.00 GB") for note in studio.notes)
+    config = json.loads((Path(wide.model) / "config.json").read_text())
+    work = plan.Work(2, studio.task.tokens(), None, 0.5, 12, torch.float32)
+    least = plan.make(plan.skeleton(config, dtype=torch.float32), work, 1, 4)
+    tight = training.prepare(dataclasses.replace(wide, memory=f"{least.device / 1e6}MB"), tmp_path)
+    assert tight.recipe.offload in ("cpu", "disk") and len(tight.model.mover.blocks) == 4
+    with pytest.raises(plan.PlanError, match="are not enough"):
+        training.prepare(dataclasses.replace(wide, memory="1KB"), tmp_path)
+    with pytest.raises(RecipeError, match="gauss-newton"):
+        training.prepare(dataclasses.replace(wide, optimizer="sgd"), tmp_path)
+
+
+def test_a_step_that_runs_out_of_memory_is_made_again_with_fewer_rows(recipes, tmp_path, monkeypatch):
+    studio = training.prepare(recipes["texts"], tmp_path)
+    whole, failures = training.Training.step, []
+
+    def cramped(self, part=lambda done: None):
+        if self.method.step == 1 and self.rows > 2:
+            failures.append(self.rows)
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB. GPU 0 has ...")
+        return whole(self, part)
+
+    monkeypatch.setattr(training.Training, "step", cramped)
+    with pytest.raises(
+        training.TrainingError, match="step 1 ran out of the device's memory with 4 rows a pass .CUDA out"
+    ):
+        go(studio, tmp_path / "strict")
+    assert len(training.Run.open(tmp_path / "strict").journal()) == 1  # nothing is lost
+    run = go(studio, tmp_path / "allowed", memory="1GB")
+    assert len(run.journal()) == 2 and failures == [4, 4]
+    assert run.journal()[0] == training.Run.open(tmp_path / "strict").journal()[0]

@@ -1,0 +1,142 @@
+"""The planner: a step on tensors without data allocates what the same step allocates; plans fit what they are given."""
+
+import dataclasses
+import json
+
+import pytest
+import tiny
+import torch
+
+from zo_engine import models, plan
+from zo_engine.offload import block_names
+from zo_engine.plan import SHAPES, PlanError, Work, parse_memory, skeleton
+
+
+@pytest.fixture(scope="module")
+def kinds(tmp_path_factory):
+    """{name: (loaded model, its config, work)}"""
+    folder = tmp_path_factory.mktemp("plan")
+    tiny.save_pipeline(folder / "sd3")
+    found = {"sd3": (models.load_transformer(folder / "sd3"), folder / "sd3" / "transformer",
+                     Work(2, 24, (64, 64), 0.5, 3, torch.float32))}  # fmt: skip
+    for kind in ("llama", "opt"):
+        tiny.save_language_model(folder / kind, kind)
+        found[kind] = (
+            models.load_language_model(folder / kind), folder / kind, Work(2, 30, None, 0.5, 3, torch.float32)
+        )  # fmt: skip
+    read = lambda part: json.loads((part / "config.json").read_text())  # noqa: E731
+    return {name: (model, read(part), work) for name, (model, part, work) in found.items()}
+
+
+@pytest.mark.parametrize(
+    ("kind", "rows", "relay"), [("sd3", 2, 0), ("sd3", 16, 2), ("llama", 3, 2), ("llama", 16, 0), ("opt", 3, 0)]
+)
+def test_a_step_without_data_needs_what_a_step_needs(kinds, kind, rows, relay):
+    model, config, work = kinds[kind]
+    planned, theta = plan.step(skeleton(config, dtype=torch.float32), work, rows, relay=relay)
+    counted, same = plan.step(model, work, rows, device="cpu", relay=relay, short=False)
+    assert theta == same
+    assert planned == pytest.approx(counted, rel=0.1)
+
+
+@pytest.mark.parametrize(("kind", "quantization"), [("sd3", "nf4"), ("sd3", "int8"), ("llama", "nf4"), ("opt", "nf4")])
+def test_weights_are_counted_as_they_are_loaded(kinds, kind, quantization, tmp_path):
+    _, config, _ = kinds[kind]
+    if kind == "sd3":
+        loaded = models.load_transformer(tiny.save_pipeline(tmp_path / "m"), quantization=quantization)
+    else:
+        loaded = models.load_language_model(tiny.save_language_model(tmp_path / "m", kind), quantization=quantization)
+    whole, blocks = plan.sizes(skeleton(config, quantization, torch.float32))
+    expected, each = plan.sizes(loaded)
+    assert blocks == each
+    assert whole == pytest.approx(expected, rel=0.02)  # positions computed, not saved, may lie elsewhere
+    assert len(blocks) == len(block_names(loaded))
+
+
+def test_less_memory_means_more_blocks_away_then_fewer_rows(kinds):
+    _, config, work = kinds["llama"]
+    model = skeleton(config, dtype=torch.float32)
+    roomy = plan.fitting(model, work, 10**9, rows=8)
+    assert (roomy.away, roomy.tier, roomy.rows, roomy.moved) == (0, "resident", 8, 0)
+    block = plan.sizes(model)[1][0]
+    tighter = plan.fitting(model, work, roomy.device - block, rows=8)
+    assert tighter.away == 3 and tighter.tier == "cpu" and tighter.moved > 0  # two slots cost what two blocks saved
+    assert tighter.device <= roomy.device - block
+    least = plan.make(model, work, 1, 4, slots=2)
+    tight = plan.fitting(model, work, least.device, rows=8)
+    assert tight.rows < 8 and tight.device <= least.device
+    with pytest.raises(PlanError, match="are not enough: with one row a pass"):
+        plan.fitting(model, work, 1000, rows=2)
+
+
+def test_where_blocks_wait_is_counted(kinds):
+    _, config, work = kinds["llama"]
+    model = skeleton(config, dtype=torch.float32)
+    host, disk = (plan.make(model, work, 1, 4, tier, slots=1) for tier in ("cpu", "disk"))
+    blocks = plan.sizes(model)[1]
+    assert (host.host, host.disk) == (sum(blocks), 0)
+    assert (disk.host, disk.disk) == (max(blocks), sum(blocks))
+    assert disk.moved < host.moved  # one visit serves all passes
+
+
+def test_what_moves_is_what_a_mover_moves(kinds, tmp_path):
+    _, config, work = kinds["llama"]
+    folder = tiny.save_language_model(tmp_path / "model")
+    for tier in ("cpu", "disk"):
+        placement = models.Placement(4, 1, tmp_path / "store" if tier == "disk" else None)
+        model = models.load_language_model(folder, placement=placement)
+        made = plan.make(skeleton(config, dtype=torch.float32), work, 3, 4, tier, slots=1)
+        plan.step(model, work, 3, device="cpu", relay=4 if tier == "disk" else 0, short=False)
+        assert model.mover.moved == pytest.approx(made.moved, rel=0.2)  # a block may still lie in its slot
+
+
+def test_published_shapes_have_their_published_sizes():
+    with torch.device("meta"):
+        counts = {}
+        for name in ("sd3.5-large", "opt-1.3b", "llama-3.1-8b"):
+            model = skeleton(SHAPES[name], "none")
+            counts[name] = sum(p.numel() for p in model.parameters())
+    assert counts == {"sd3.5-large": 8_056_627_520, "opt-1.3b": 1_315_758_080, "llama-3.1-8b": 8_030_261_248}
+
+
+@pytest.mark.parametrize(("text", "size"), [("6GB", 6e9), ("800 mb", 8e8), ("1.5GiB", 1.5 * 2**30)])
+def test_amounts_of_memory(text, size):
+    assert parse_memory(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "much", "-1GB", "6", "nanGB", "infGB"])
+def test_amounts_that_are_none(text):
+    with pytest.raises(PlanError, match="such as 6GB or 800MB"):
+        parse_memory(text)
+
+
+def test_an_unknown_config_is_refused():
+    with pytest.raises(PlanError, match="which the libraries here know"):
+        skeleton({"_class_name": "Nothing"})
+
+
+def test_the_command_says_what_a_model_needs(qzo, tmp_path):
+    folder = tiny.save_language_model(tmp_path / "model")
+    code, out, _ = qzo("plan", folder, "--batch-size", 2, "--length", 20, "--rows", 4, "--memory", "1GB", "--json")
+    found = json.loads(out)
+    assert code == 0 and found["away"] == 0 and found["rows"] == 4 and 0 < found["device"] < 10**9
+    code, out, err = qzo("plan", "no/such-model")
+    assert code == 2 and "is not on this machine" in err and "opt-175b" in err
+
+
+def test_the_counter_forgets_what_is_gone_and_keeps_the_peak():
+    weight = torch.ones(1000)
+    with plan.counted("cpu") as counter:
+        kept = weight * 2
+        for _ in range(3):
+            gone = (kept + 1).view(10, 100)
+        del gone
+        weight.t().add_(1)  # a view of what was there before
+        last = torch.zeros(1)
+    assert (counter.bytes, counter.peak) == (kept.nbytes + last.nbytes, 3 * 4000)
+
+
+def test_a_plan_is_one_line(kinds):
+    _, config, work = kinds["llama"]
+    made = plan.make(skeleton(config, dtype=torch.float32), dataclasses.replace(work, batch=1), 4, 2)
+    assert "2 of 4 blocks stream from host memory through 2 slots, 4 rows a pass" in made.said()

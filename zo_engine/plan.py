@@ -1,0 +1,516 @@
+"""What a step will need, before anything is loaded: the step itself, run on tensors without data, under a counter.
+
+A model is built from its config on torch's meta device, in its own classes and with bitsandbytes' own layers, and makes
+a Gauss-Newton step there. Every operation says how large its results are; who holds them is known, so the sum of what
+is alive, and its peak, come out as they will on the device. Nothing here has to be kept in step with the method's code:
+it is that code which runs.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import bitsandbytes as bnb
+import diffusers
+import torch
+import transformers
+from bitsandbytes.functional import QuantState
+from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers.quantizers.base import get_keys_to_not_convert
+from transformers.quantizers.quantizers_utils import should_convert_module
+
+from zo_engine import recipe as recipes
+from zo_engine.blocks import Prefix, Replay, answering, levels, relayed
+from zo_engine.hub import MODELS, find, is_language, read_json, text_length
+from zo_engine.newton import DAMPINGS, FRESH, GaussNewton
+from zo_engine.offload import Block, block_names, tensors
+from zo_engine.probes import GainSpace, Probes, evaluate
+from zo_engine.recipe import DIRECTIONS
+from zo_engine.scales import find_scales
+from zo_engine.tasks.diffusion import Batch as Pictures
+from zo_engine.tasks.diffusion import flow_errors
+from zo_engine.tasks.text import Batch as Texts
+from zo_engine.tasks.text import token_features, token_losses
+
+TOKENS = 4800  # of one pass, where nobody says how many rows: a device computes on them for longer than a block travels
+SLOTS = 2
+KNOWN = ("nf4", "fp4", "int8")  # quantisations that are planned
+
+
+class PlanError(ValueError):
+    """A plan that is not possible; one sentence."""
+
+
+# Counting
+
+
+class Counter(TorchDispatchMode):
+    """Bytes that operations allocate on one kind of device and somebody still holds; what was there before is free.
+
+    bitsandbytes' product writes the weight out in the compute dtype while it lasts, which no result shows: it is added.
+    On the meta device, questions that need data are answered as a well-behaved run would: finite, and in full length.
+    """
+
+    def __init__(self, kind: str):
+        super().__init__()
+        self.kind, self.bytes, self.peak = kind, 0, 0
+        self.there: dict[int, StorageWeakRef] = {}  # a reference keeps the address from being given away
+        self.alive: dict[int, tuple[StorageWeakRef, int]] = {}
+
+    def __torch_dispatch__(self, operation: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        kwargs = kwargs or {}
+        for tensor in self._mine((args, kwargs)):
+            storage = tensor.untyped_storage()
+            if storage._cdata not in self.alive and storage._cdata not in self.there:
+                self.there[storage._cdata] = StorageWeakRef(storage)
+        found = _answered(operation, args, kwargs) if self.kind == "meta" else None
+        if found is None:
+            found = operation(*args, **kwargs)
+        self._sweep()
+        for tensor in self._mine(found):
+            storage = tensor.untyped_storage()
+            if storage._cdata not in self.alive and storage._cdata not in self.there:
+                self.alive[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
+                self.bytes += storage.nbytes()
+        written = 0
+        if operation is torch.ops.bitsandbytes.gemm_4bit.default:
+            written = math.prod(args[2]) * args[0].element_size()
+        self.peak = max(self.peak, self.bytes + written)
+        return found
+
+    def _mine(self, tree: Any) -> Iterable[Tensor]:
+        return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor) and leaf.device.type == self.kind]
+
+    def _sweep(self) -> None:
+        for key in [key for key, (storage, _) in self.alive.items() if storage.expired()]:
+            self.bytes -= self.alive.pop(key)[1]
+
+
+def _answered(operation: Any, args: tuple, kwargs: dict) -> Any:
+    """What stands in for data, of which a meta tensor has none; None where none is asked for."""
+    aten = torch.ops.aten
+    if operation is aten._local_scalar_dense.default:
+        return {torch.bool: True}.get(args[0].dtype, 0.0 if args[0].is_floating_point() else 0)
+    if operation is aten._to_copy.default and kwargs.get("device") == torch.device("cpu") and args[0].is_meta:
+        return torch.zeros(args[0].shape, dtype=kwargs.get("dtype") or args[0].dtype)
+    if operation is aten.nonzero.default:
+        return torch.empty(args[0].numel(), args[0].ndim, dtype=torch.int64, device=args[0].device)
+    return None
+
+
+class FusedAttention(TorchFunctionMode):
+    """Attention as its fused kernels do it: without a matrix of scores, which torch would make on the meta device."""
+
+    def __torch_function__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        if function is nn.functional.scaled_dot_product_attention:
+            query, _, value = (*args, *(kwargs[n] for n in ("query", "key", "value")[len(args) :]))[:3]
+            return query.new_empty((*query.shape[:-1], value.shape[-1]))
+        return function(*args, **(kwargs or {}))
+
+
+@contextmanager
+def counted(kind: str):
+    """A Counter over what runs inside."""
+    if kind != "meta":
+        with Counter(kind) as counter:
+            yield counter
+        return
+    with FusedAttention(), Counter(kind) as counter:
+        yield counter
+
+
+# A model without weights
+
+
+def skeleton(config: dict, quantization: str = "nf4", dtype: torch.dtype = torch.bfloat16) -> nn.Module:
+    """The model that a config describes, quantised as quantize.load_quantized would, on the meta device.
+
+    config: of a transformers model (with "model_type") or a diffusers model (with "_class_name").
+    Raises PlanError where the libraries do not know it.
+    """
+    try:
+        with torch.device("meta"):
+            if "model_type" in config:
+                settings = {k: v for k, v in config.items() if k not in ("quantization_config", "dtype", "torch_dtype")}
+                known = transformers.AutoConfig.for_model(**settings)
+                model = transformers.AutoModelForCausalLM.from_config(known, dtype=dtype)
+                model.tie_weights()
+            else:
+                cls = getattr(diffusers, config["_class_name"])
+                model = cls.from_config({k: v for k, v in config.items() if k != "quantization_config"}).to(dtype)
+    except (ValueError, KeyError, AttributeError) as error:
+        raise PlanError(f"this config is not that of a model which the libraries here know: {error}") from error
+    kept = get_keys_to_not_convert(model) if isinstance(model, transformers.PreTrainedModel) else []
+    linears = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear) and should_convert_module(n, kept)}
+    for name, linear in linears.items() if quantization != "none" else ():
+        model.set_submodule(name, _empty_layer(linear, quantization, dtype))
+    return model.eval().requires_grad_(False)
+
+
+def _empty_layer(linear: nn.Linear, quantization: str, dtype: torch.dtype) -> nn.Module:
+    shape, count, meta = (linear.out_features, linear.in_features), linear.weight.numel(), {"device": "meta"}
+    if quantization == "int8":
+        layer = bnb.nn.Linear8bitLt(shape[1], shape[0], linear.bias is not None, False, 0.0, device="meta")
+        codes, scales = torch.empty(shape, dtype=torch.int8, **meta), torch.empty(shape[0], **meta)
+        layer.weight = bnb.nn.Int8Params(codes, requires_grad=False, has_fp16_weights=False, CB=codes, SCB=scales)
+        layer.init_8bit_state()
+    else:
+        layer = bnb.nn.Linear4bit(
+            shape[1], shape[0], linear.bias is not None, dtype, False, quantization, device="meta"
+        )  # fmt: skip
+        scales = torch.empty(math.ceil(count / 64), **meta)
+        state = QuantState(scales, torch.Size(shape), torch.empty(16, **meta), 64, quantization, dtype)
+        codes = torch.empty(((count + 1) // 2, 1), dtype=torch.uint8, **meta)
+        layer.weight = bnb.nn.Params4bit(
+            codes, quant_state=state, compress_statistics=False, quant_type=quantization, module=layer,
+            bnb_quantized=True,
+        )  # fmt: skip
+        layer.quant_state, layer.support_avx512bf16_for_cpu = state, False
+    layer.bias = linear.bias
+    return layer
+
+
+# A step without data
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a step is to do. size: (width, height) in pixels of pictures; length: tokens of texts, or of captions."""
+
+    batch: int
+    length: int
+    size: tuple[int, int] | None = None
+    depth: float = 0.34
+    directions: int = DIRECTIONS
+    dtype: torch.dtype = torch.bfloat16
+
+    def tokens(self, model: nn.Module) -> int:
+        """Of one row."""
+        if self.size is None:
+            return self.length
+        return self.size[0] * self.size[1] // (8 * model.config.patch_size) ** 2 + self.length
+
+
+def task(model: nn.Module, work: Work, device: str = "meta") -> tuple[Any, Callable, Callable]:
+    """(batch of FRESH times the examples, losses and features of part of it, its losses), zeros as data."""
+    count, config = FRESH * work.batch, model.config
+    make = lambda *shape, dtype=torch.float32: torch.zeros(*shape, dtype=dtype, device=device)  # noqa: E731
+    if work.size is None:
+        tokens = make(count, work.length, dtype=torch.int64)
+        return Texts(tokens, tokens + 1, tokens), lambda b: token_features(model, b), lambda b: token_losses(model, b)
+    latents = make(count, config.in_channels, work.size[1] // 8, work.size[0] // 8)
+    prompt = make(count, work.length, config.joint_attention_dim)
+    batch = Pictures(latents, latents, make(count), prompt, make(count, config.pooled_projection_dim), make(count) + 1)
+    errors = lambda b: flow_errors(model, b, work.dtype)  # noqa: E731
+    losses = lambda b: errors(b).square().sum(1)  # noqa: E731
+    outcomes = lambda b: torch.cat([(e := errors(b)).square().sum(1, keepdim=True), e], 1)  # noqa: E731
+    return batch, outcomes, losses
+
+
+@torch.no_grad()
+def step(
+    model: nn.Module, work: Work, rows: int, device: str = "meta", relay: int = 0, short: bool = True
+) -> tuple[int, int]:
+    """(peak of the bytes that a Gauss-Newton step in gain space allocates, bytes of theta).
+
+    rows: of one pass. relay: so many first blocks serve all passes in turn. short: with two examples (the third would
+    need no more) and, in each evaluation, two passes through two blocks: what they leave is of full size.
+    """
+    views = find_scales(model)
+    found = levels(views, work.depth)
+    space = GainSpace({name: views[name] for level in found for name in level.layers})
+    parts = [space.layout.part(level.layers) for level in found]
+    counts = [level.share(work.directions) for level in found]
+    method = GaussNewton(space.layout, parts, seed=0, per_part=counts, device=device)
+    blocks = [model.get_submodule(name) for name in block_names(model)]
+    prefixes = [Prefix(model, level) if level.first else None for level in found]
+    with counted(device) as counter:
+        batch, outcomes, losses = task(model, work, device)
+        replays: dict[tuple, Replay] = {}
+
+        def evaluated(part: int, probes: Probes, fresh: bool) -> Tensor:
+            count = FRESH * work.batch if fresh else work.batch
+            read = losses if fresh else outcomes
+            sample = lambda index: read(batch.take(index.to(device)))  # noqa: E731
+            if prefixes[part] and (part, fresh) not in replays:
+                with space.dressed(method.theta):
+                    run = _prefix if short else Prefix.run
+                    replays[part, fresh] = run(prefixes[part], sample, count, rows, blocks[:relay])
+            replay = replays.get((part, fresh))
+            if not short:
+                found = evaluate(space, method.theta, probes, sample, rows, replay, blocks[:relay])
+            else:
+                found = _passes(space, method.theta, probes, sample, rows, replay, blocks, relay)
+            return found[:, None] if fresh else found
+
+        method.advance(evaluated, min(2, work.batch) if short else work.batch)
+    return counter.peak, 4 * method.layout.size
+
+
+def _prefix(prefix: Prefix, sample: Callable, count: int, rows: int, relay: list[nn.Module]) -> Replay:
+    """As `Prefix.run`, for one piece through the first and the last block: those between answer in the same form."""
+    index = torch.arange(min(rows, count))
+    states = relayed(prefix.blocks[:1], [lambda: sample(index)])
+    if len(prefix.blocks) > 1:
+        states = relayed(prefix.blocks, [lambda: sample(index)], states, len(prefix.blocks) - 1)
+    state = states[0]
+    return Replay(prefix.blocks, _grown(state, count))
+
+
+def _passes(
+    space: GainSpace, theta: Tensor, probes: Probes, sample: Callable, rows: int, replay: Replay | None,
+    blocks: list[nn.Module], relay: int,
+) -> Tensor:  # fmt: skip
+    """As `evaluate`, with two passes, and in each the first and the last of the blocks that are to compute."""
+    total, done = len(probes.sign), len(replay.blocks) if replay else 0
+    length = -(-total // math.ceil(total / rows))  # as `evaluate` splits them
+    part = probes.rows(torch.arange(length))
+    result, others, waiting = None, [], None
+
+    def call() -> Tensor:
+        with space.dressed(theta, part):
+            return sample(part.sample)
+
+    for _ in range(2 if length < total else 1):  # the second with what the others gave, which is held until the end
+        result = None
+        state = replay.rows(part.sample) if replay else None
+        skipped = blocks[:done]
+        if relay > done and length < total:
+            waiting = _grown(state, total)  # states of all passes, while one is computed
+        if len(blocks) > done + 1:
+            (state,) = relayed(blocks[: done + 1], [call], [state], done)
+            skipped = blocks[:-1]
+        with answering(skipped, state):
+            result = call()
+        others = [_grown(result, total - length)] if length < total else []
+    del waiting
+    return torch.cat([*others, result])
+
+
+def _grown(state: Any, count: int) -> Any:
+    """Outputs of the same form, of `count` rows."""
+    if isinstance(state, Tensor):
+        return state.new_empty((count, *state.shape[1:]))
+    return None if state is None else type(state)(_grown(part, count) for part in state)
+
+
+# The plan
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a step needs, in bytes; `away` of `blocks` blocks stream through `slots`, `rows` rows a pass."""
+
+    rows: int
+    blocks: int
+    away: int
+    slots: int
+    tier: str  # "resident", "cpu" or "disk"; from a disk, one visit of a block serves all passes (`blocks.relayed`)
+    weights: int  # of the whole model
+    resident: int  # of them, on the device all the time
+    streaming: int  # the slots
+    working: int  # everything that a step allocates, at its peak
+    host: int  # blocks that wait in memory
+    disk: int  # or in files
+    moved: int  # to the device in the first step
+
+    @property
+    def device(self) -> int:
+        """Peak of the device's memory."""
+        return self.resident + self.streaming + self.working
+
+    def said(self) -> str:
+        """In one line."""
+        gigabytes = lambda size: f"{size / 1e9:.2f} GB"  # noqa: E731
+        where = {"resident": "all blocks stay on the device", "cpu": "from host memory", "disk": "from disk"}[self.tier]
+        if self.away:
+            where = f"{self.away} of {self.blocks} blocks stream {where} through {self.slots} slots"
+        return (
+            f"{gigabytes(self.device)} of the device: weights {gigabytes(self.resident + self.streaming)}, a step "
+            f"{gigabytes(self.working)}; {where}, {self.rows} rows a pass, {gigabytes(self.moved)} moved a step"
+        )
+
+
+def sizes(model: nn.Module) -> tuple[int, list[int]]:
+    """(bytes of all weights, bytes of each block as it lies in a slot)."""
+    whole = sum(place.home.nbytes for place in tensors(model))
+    return whole, [
+        Block(name, module := model.get_submodule(name), tensors(module)).size for name in block_names(model)
+    ]
+
+
+def make(model: nn.Module, work: Work, rows: int, away: int = 0, tier: str = "cpu", slots: int = SLOTS) -> Plan:
+    """The plan of a model (of `skeleton`) whose first `away` blocks stream."""
+    return next(plans(model, work, rows, range(away, away + 1), tier, slots))
+
+
+def plans(
+    model: nn.Module, work: Work, rows: int, aways: Iterable[int], tier: str = "cpu", slots: int = SLOTS
+) -> Iterator[Plan]:
+    """One plan for each number of blocks away."""
+    whole, blocks = sizes(model)
+    relay = tier == "disk"
+    working = {}
+    for away in aways:
+        shared = away if relay else 0
+        if shared not in working:
+            working[shared] = sum(step(model, work, rows, relay=shared))
+        streamed = blocks[:away]
+        held = min(slots, away)
+        room = held * max(streamed, default=0)
+        yield Plan(
+            rows=rows,
+            blocks=len(blocks),
+            away=away,
+            slots=held,
+            tier=tier if away else "resident",
+            weights=whole,
+            resident=whole - sum(streamed),
+            streaming=room,
+            working=working[shared],
+            host=room if relay else sum(streamed),
+            disk=sum(streamed) if relay else 0,
+            moved=_moved(model, work, rows, blocks, away, held, relay),
+        )
+
+
+def _moved(model: nn.Module, work: Work, rows: int, blocks: list[int], away: int, slots: int, relay: bool) -> int:
+    """Bytes to the device in a Gauss-Newton step: each pass brings the streamed blocks that it computes, or the first
+    does, where they find room in the slots."""
+
+    def brought(first: int, last: int, count: int) -> int:
+        once = relay or last - first <= slots
+        return sum(blocks[first:last]) * (1 if once else math.ceil(count / rows))
+
+    found, total, tried = levels(find_scales(model), work.depth), 0, FRESH * work.batch
+    first = [min(level.first, away) for level in found]
+    for start, level in zip(first, found, strict=True):
+        probes = level.share(work.directions) + 1
+        total += brought(0, start, work.batch) + work.batch * brought(start, away, probes)
+    total += brought(0, first[-1], tried) + brought(first[-1], away, (len(DAMPINGS) + 1) * tried)
+    return total
+
+
+def fitting(model: nn.Module, work: Work, memory: int, rows: int = 0, tier: str = "cpu", slots: int = SLOTS) -> Plan:
+    """The plan for a device of so many bytes: as many blocks stay as fit (tier "resident": all), with rows as wanted;
+    fewer rows only where it is too much even so. Raises PlanError where nothing fits."""
+    blocks = len(block_names(model))
+    rows = rows or max(1, TOKENS // work.tokens(model))
+    aways = range(1) if tier == "resident" else range(blocks + 1)
+    while True:
+        best = None
+        for plan in plans(model, work, rows, aways, tier, slots):
+            if plan.device <= memory:
+                return plan
+            best = plan if best is None or plan.device < best.device else best
+        if rows == 1:
+            raise PlanError(
+                f"{memory / 1e9:.2f} GB are not enough: with one row a pass and {best.away} of {blocks} blocks "
+                f"streamed a step needs {best.device / 1e9:.2f} GB; lower batch_size, directions, depth or resolution"
+            )
+        rows //= 2
+
+
+def parse_memory(text: str) -> int:
+    """ "6GB", "512 MB" or "1.5GiB" in bytes. Raises PlanError for anything else."""
+    units = {"KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12, "MIB": 2**20, "GIB": 2**30}
+    compact = text.replace(" ", "").upper()
+    unit = next((u for u in sorted(units, key=len, reverse=True) if compact.endswith(u)), None)
+    try:
+        size = float(compact[: -len(unit)]) * units[unit]
+    except (TypeError, ValueError):
+        size = 0.0
+    if not (0 < size < math.inf):
+        raise PlanError(f"memory must be an amount such as 6GB or 800MB, not {text!r}")
+    return int(size)
+
+
+# Published shapes, from the config.json of each repository on the hub
+
+
+def _opt(hidden: int, layers: int, heads: int) -> dict:
+    return {
+        "model_type": "opt", "hidden_size": hidden, "num_hidden_layers": layers, "num_attention_heads": heads,
+        "ffn_dim": 4 * hidden, "word_embed_proj_dim": hidden, "vocab_size": 50272, "max_position_embeddings": 2048,
+    }  # fmt: skip
+
+
+def _decoder(kind: str, hidden: int, layers: int, heads: int, keys: int, inner: int, words: int, **more) -> dict:
+    return {
+        "model_type": kind, "hidden_size": hidden, "num_hidden_layers": layers, "num_attention_heads": heads,
+        "num_key_value_heads": keys, "intermediate_size": inner, "vocab_size": words, "tie_word_embeddings": False,
+        **more,
+    }  # fmt: skip
+
+
+SHAPES = {
+    # stabilityai/stable-diffusion-3.5-large, transformer/config.json
+    "sd3.5-large": {
+        "_class_name": "SD3Transformer2DModel", "sample_size": 128, "patch_size": 2, "in_channels": 16,
+        "out_channels": 16, "num_layers": 38, "attention_head_dim": 64, "num_attention_heads": 38,
+        "joint_attention_dim": 4096, "caption_projection_dim": 2432, "pooled_projection_dim": 2048,
+        "pos_embed_max_size": 192, "qk_norm": "rms_norm", "dual_attention_layers": [],
+    },
+    # facebook/opt-*, config.json; OPT 175B: Zhang et al., arXiv:2205.01068, table 1
+    "opt-1.3b": _opt(2048, 24, 32),
+    "opt-6.7b": _opt(4096, 32, 32),
+    "opt-13b": _opt(5120, 40, 40),
+    "opt-30b": _opt(7168, 48, 56),
+    "opt-66b": _opt(9216, 64, 72),
+    "opt-175b": _opt(12288, 96, 96),
+    # meta-llama/Llama-3.1-8B, meta-llama/Llama-2-13b-hf, Qwen/Qwen3-32B, config.json
+    "llama-3.1-8b": _decoder("llama", 4096, 32, 32, 8, 14336, 128256, max_position_embeddings=131072),
+    "llama-2-13b": _decoder("llama", 5120, 40, 40, 40, 13824, 32000, max_position_embeddings=4096),
+    "qwen3-32b": _decoder("qwen3", 5120, 64, 64, 8, 25600, 151936, head_dim=128, max_position_embeddings=40960),
+}  # fmt: skip
+
+
+def of(
+    source: str, memory: str = "", offload: str = "cpu", *, resolution: int = 512, length: int = 0,
+    batch_size: int = 16, rows: int = 0,
+) -> Plan:  # fmt: skip
+    """The plan of a recipe file (its own settings count), a model on this machine, or one of SHAPES.
+
+    Raises PlanError, or what a recipe or a model raises, for what is not there.
+    """
+    recipe = recipes.load(Path(source)) if source.endswith(".toml") else None
+    name = recipe.model if recipe else source
+    folder = find(name)
+    if folder is None and name not in SHAPES:
+        raise PlanError(
+            f"{name} is not on this machine, so its config cannot be read; download it, or choose one of the shapes "
+            f"that are known without: {', '.join(SHAPES)}"
+        )
+    part = folder / "transformer" if folder and not is_language(folder) else folder
+    config = read_json(part / "config.json") if part else SHAPES[name]
+    pictures = "_class_name" in config
+    length = length or ((77 + text_length(folder) if folder else 333) if pictures else 512)
+    size = (resolution, resolution) if pictures else None
+    work = Work(batch_size, length, size)
+    if recipe:
+        buckets = recipe.resolution or (MODELS[name].resolution if name in MODELS else str(resolution))
+        sides = [tuple(int(n) for n in (b.split("x") if "x" in b else (b, b))) for b in buckets.split(",")]
+        size = max(sides, key=math.prod) if pictures else None
+        directions = (recipe.directions or DIRECTIONS) << recipes.DOUBLINGS
+        work = Work(recipe.batch_size, length if pictures else recipe.length, size, recipe.depth, directions)
+        memory, rows = memory or recipe.memory, rows or recipe.rows
+    model = skeleton(config, recipe.quantization if recipe else "nf4", work.dtype)
+    if memory and memory != "auto":
+        return fitting(model, work, parse_memory(memory), rows, offload)
+    return make(model, work, rows or max(1, TOKENS // work.tokens(model)))
+
+
+def as_dict(plan: Plan) -> dict:
+    """For JSON."""
+    return dataclasses.asdict(plan) | {"device": plan.device}
+
+
+__all__ = ["SHAPES", "Plan", "PlanError", "Work", "counted", "fitting", "make", "parse_memory", "skeleton"]
