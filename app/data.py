@@ -1,14 +1,16 @@
-"""The tab of pictures: bring them, check them, write their captions."""
+"""The tab of data: bring pictures or texts, and see what will be learnt from them."""
 
 from pathlib import Path
 
 import gradio as gr
 
 from app import figures
-from app.drafts import EXAMPLES, Contents, Draft, title
+from app.drafts import EXAMPLES, TEXTS, DraftError, title
+from app.pictures import UPLOADS, Pictures
 from app.place import Place
 from app.plainly import plainly
-from zo_engine import dataset
+from app.texts import Texts
+from zo_engine import dataset, texts
 
 # one listener on the whole component, which stays when its content is drawn anew
 SAY_WHICH_EXAMPLE = """
@@ -17,118 +19,83 @@ element.addEventListener('click', (e) => {
   if (card) trigger('example', {name: card.dataset.example});
 });
 """
-SAY_WHICH_PICTURE = """
-element.addEventListener('change', async (e) => {
-  const name = e.target.dataset.name;
-  if (name === undefined) return;
-  const draft = element.querySelector('[data-draft]').dataset.draft;
-  const said = e.target.closest('figure').querySelector('small');
-  said.textContent = 'saving';
-  try {
-    const answer = await server.save(draft, name, e.target.value);
-    said.textContent = answer.text;
-    said.className = answer.kind;
-  } catch (error) {
-    said.textContent = 'not saved: the server cannot be reached';
-    said.className = 'bare';
-  }
-  trigger('saved');
-});
-element.addEventListener('click', (e) => {
-  const button = e.target.closest('[data-remove]');
-  if (button) trigger('remove', {name: button.dataset.remove});
-});
-"""
-UPLOADS = ["image", ".txt", ".caption", ".jsonl", ".zip"]
-FILTERS = [("All pictures", "all"), ("Without a caption", "bare")]
 
 
-class Pictures:
+class Data:
     """Components and what they do."""
 
     def __init__(self, place: Place):
-        self.place = place
+        self.place, self.pictures, self.texts = place, Pictures(place), Texts(place)
 
-    def build(self, draft: gr.State, tabs: gr.Tabs) -> None:
+    def build(self, draft: gr.State, read: gr.State, tabs: gr.Tabs) -> None:
         with (
-            gr.Accordion("Begin with pictures in one style", open=True, elem_classes="qzo-begin") as begin,
-            gr.Row(equal_height=True),
+            gr.Accordion(
+                "Begin with pictures in one style, or with texts", open=True, elem_classes="qzo-begin"
+            ) as begin,
+            gr.Row(equal_height=False),
         ):
             with gr.Column(scale=3, min_width=280):
                 examples = gr.HTML(figures.examples(), js_on_load=SAY_WHICH_EXAMPLE)
             with gr.Column(scale=2, min_width=280):
                 upload = gr.File(
-                    label="Your own: pictures, captions, or a ZIP of them",
+                    label="Your own: pictures, a ZIP of them, or a file of texts",
                     file_count="multiple",
-                    file_types=UPLOADS,
+                    file_types=list(dict.fromkeys([*UPLOADS, *texts.SUFFIXES])),
                     height=176,
                 )
-                folder = gr.Textbox(
-                    label="Or a folder on the machine that runs this page", placeholder="/home/me/pictures", max_lines=1
+                source = gr.Textbox(
+                    label="Or a folder of pictures, a file of texts, or a data set of the hub",
+                    info="As it is called on the machine that runs this page",
+                    placeholder="/home/me/pictures, /data/chats.jsonl, or org/name",
+                    max_lines=1,
                 )
-                use = gr.Button("Use this folder")
-        with gr.Column(visible=False) as area:
-            with gr.Row(elem_classes="qzo-inline"):
-                chooser = gr.Dropdown(
-                    [], label="Draft", info="Kept on disk: reload or restart at any time", interactive=True, scale=2
-                )
-                trigger = gr.Textbox(
-                    label="Trigger word", info="Calls the style in a prompt; [trigger] in captions", scale=2
-                )
-                which = gr.Radio(FILTERS, value="all", label="Show", scale=2)
-            summary = gr.HTML()
+                use = gr.Button("Use this")
+        with gr.Row(elem_classes="qzo-inline", visible=False) as top:
+            chooser = gr.Dropdown(
+                [],
+                label="Draft",
+                info="Kept on disk: reload or restart at any time",
+                interactive=True,
+                scale=2,
+                min_width=200,
+            )
+            self.pictures.dials()
+            self.texts.dials()
+        with gr.Column(visible=False) as area_of_pictures:
+            self.pictures.build(draft)
+        with gr.Column(visible=False) as area_of_texts:
+            self.texts.build(draft, read)
+        with gr.Column(visible=False) as foot:
+            onward = gr.Button("Next: train on this", variant="primary", size="lg")
+            away = gr.Button("Put this draft into the bin", variant="stop", size="sm")
 
-            def save(given: list) -> dict[str, str]:
-                """Called by the page, which sends what it gives as one list."""
-                return self.save(*given)
-
-            grid = gr.HTML(js_on_load=SAY_WHICH_PICTURE, server_functions=[save], elem_id="pictures")
-            with gr.Accordion("Change all captions, add pictures, or put the draft away", open=False):
-                with gr.Row(elem_classes="qzo-inline"):
-                    find = gr.Textbox(label="Find in all captions", scale=2)
-                    put = gr.Textbox(label="Replace by", scale=2)
-                    replace = gr.Button("Replace", scale=1, min_width=110)
-                with gr.Row(elem_classes="qzo-inline"):
-                    front = gr.Textbox(label="Write in front of all captions", placeholder="a [trigger] of", scale=4)
-                    prefix = gr.Button("Write", scale=1, min_width=110)
-                more = gr.File(label="Add to this draft", file_count="multiple", file_types=UPLOADS, height=120)
-                away = gr.Button("Put this draft into the bin", variant="stop")
-            onward = gr.Button("Next: train this style", variant="primary", size="lg")
-
-        view = [begin, area, chooser, trigger, summary, grid]
+        areas = [begin, top, chooser, area_of_pictures, area_of_texts, foot]
+        view = [*areas, *self.pictures.view, *self.texts.view]
         quiet = {"show_progress": "hidden", "api_visibility": "private"}
         private = {"api_visibility": "private"}
-        draft.change(plainly(self.show), [draft, which], view, **quiet)
+        draft.change(plainly(self.show), [draft, self.pictures.which], view, **quiet)
         examples.example(plainly(self.example), None, draft, **private).then(
-            plainly(self.show), [draft, which], view, **quiet
+            plainly(self.show), [draft, self.pictures.which], view, **quiet
         )
         upload.upload(plainly(self.upload), upload, [draft, upload], **private)
-        gr.on([use.click, folder.submit], plainly(self.folder), folder, draft, **private)
+        gr.on([use.click, source.submit], plainly(self.source), source, draft, **private)
         chooser.input(self.choose, chooser, draft, **quiet)
-        which.input(plainly(self.show), [draft, which], view, **quiet)
-        gr.on([trigger.blur, trigger.submit], plainly(self.trigger), [draft, trigger, which], [summary, grid], **quiet)
-        grid.saved(plainly(self.summary), draft, summary, **quiet)
-        grid.remove(plainly(self.remove), [draft, which], view, **quiet)
-        replace.click(plainly(self.replace), [draft, find, put, which], view, **private)
-        prefix.click(plainly(self.prefix), [draft, front, which], view, **private)
-        more.upload(plainly(self.more), [more, draft, which], [more, *view], **private)
         away.click(plainly(self.away), draft, draft, **private)
         onward.click(lambda: gr.Tabs(selected="train"), None, tabs, **quiet)
-
-    # What is shown
 
     def show(self, name: str, which: str = "all") -> list:
         """Everything about a draft, read from its folder."""
         if not name:
             nothing = gr.Dropdown(choices=[], value=None)
-            return [gr.Accordion(open=True), gr.Column(visible=False), nothing, "", "", ""]
-        draft = self.place.drafts.open(name)
-        contents = draft.contents()
+            areas = [gr.Accordion(open=True), gr.Row(visible=False), nothing, *[gr.Column(visible=False)] * 3]
+            return [*areas, *self.pictures.nothing(), *self.texts.nothing()]
+        of_texts = self.place.drafts.open(name).of_texts
         choices = [(title(n), n) for n in self.place.drafts.names()]
-        chooser = gr.Dropdown(choices=choices, value=name)
-        pictures = figures.pictures(draft, contents, which)
-        shown = [chooser, draft.recipe().trigger, summary(draft, contents), pictures]
-        return [gr.Accordion(open=False), gr.Column(visible=True), *shown]
+        shown = [gr.Column(visible=not of_texts), gr.Column(visible=of_texts), gr.Column(visible=True)]
+        areas = [gr.Accordion(open=False), gr.Row(visible=True), gr.Dropdown(choices=choices, value=name), *shown]
+        if of_texts:
+            return [*areas, *self.pictures.nothing(), *self.texts.show(name)]
+        return [*areas, *self.pictures.show(name, which), *self.texts.nothing()]
 
     # What is brought
 
@@ -136,9 +103,11 @@ class Pictures:
         return self.place.drafts.example(str(event.name)).name
 
     def upload(self, files: list[str]) -> tuple[str, None]:
-        """A new draft of what was uploaded, named after the ZIP if there is one."""
+        """A new draft of what was uploaded: a file of texts, or pictures, named after the ZIP if there is one."""
         paths = [Path(f) for f in files or []]
         archive = next((p for p in paths if p.suffix.lower() == ".zip"), None)
+        if paths and not archive and not any(p.suffix.lower() in dataset.PICTURES for p in paths):
+            return self.upload_texts(paths), None
         draft = self.place.drafts.create(archive.stem if archive else "my style")
         try:
             draft.add(paths)
@@ -147,74 +116,30 @@ class Pictures:
             raise
         return draft.name, None
 
-    def more(self, files: list[str], name: str, which: str) -> list:
-        count = self.place.drafts.open(name).add([Path(f) for f in files or []])
-        gr.Info(f"{count} files added", duration=4)
-        return [None, *self.show(name, which)]
+    def upload_texts(self, paths: list[Path]) -> str:
+        wrong = [p.name for p in paths if p.suffix.lower() not in texts.SUFFIXES]
+        if wrong:
+            kinds = f"a picture, a ZIP of pictures, nor a file of texts ({', '.join(texts.SUFFIXES)})"
+            raise DraftError(f"{wrong[0]} is neither {kinds}")
+        if len(paths) > 1:
+            raise DraftError(f"that is {len(paths)} files of texts and no picture; bring one file of texts at a time")
+        texts.columns(paths[0])  # refuses what cannot be read at all
+        return self.place.drafts.upload_texts(paths[0]).name
 
-    def folder(self, path: str) -> str:
-        return self.place.drafts.create(Path(path or "").name or "my style", (path or "").strip() or "?").name
+    def source(self, path: str) -> str:
+        """A new draft on what lies elsewhere: a folder is one of pictures, all else must be texts."""
+        path = (path or "").strip()
+        there = Path(path or "?").expanduser()
+        if path and not there.is_dir() and (there.is_file() or texts.HUB.fullmatch(path)):
+            if there.is_file():
+                texts.columns(path)
+            return self.place.drafts.create_texts(path).name
+        return self.place.drafts.create(there.name or "my style", path or "?").name
 
     def choose(self, name: str) -> str:
-        return name if name in EXAMPLES or name in self.place.drafts.names() else ""
+        return name if name in EXAMPLES or name in TEXTS or name in self.place.drafts.names() else ""
 
     def away(self, name: str) -> str:
         """The draft goes to the bin, and the one changed before it is taken up."""
         self.place.drafts.bin(name)
         return (self.place.drafts.names() or [""])[0]
-
-    # What is edited
-
-    def trigger(self, name: str, word: str, which: str) -> list:
-        draft = self.place.drafts.open(name)
-        if draft.recipe().trigger != (word := " ".join((word or "").split())):
-            draft.change(trigger=word)
-        contents = draft.contents()
-        return [summary(draft, contents), figures.pictures(draft, contents, which)]
-
-    def save(self, name: str, picture: str, text: str) -> dict[str, str]:
-        """Save one caption under the name of its picture; gives what to say below its text field."""
-        try:
-            draft = self.place.drafts.open(str(name))
-            draft.caption(str(picture), str(text))
-            return figures.caption_note(draft.contents().pictures[picture].caption, draft.recipe().trigger)
-        except (ValueError, OSError) as error:
-            return {"text": f"not saved: {error}", "kind": "bare"}
-
-    def summary(self, name: str) -> str:
-        draft = self.place.drafts.open(name)
-        return summary(draft, draft.contents())
-
-    def remove(self, name: str, which: str, event: gr.EventData) -> list:
-        self.place.drafts.open(name).remove(str(event.name))
-        return self.show(name, which)
-
-    def replace(self, name: str, find: str, put: str, which: str) -> list:
-        gr.Info(f"{self.place.drafts.open(name).replace(find or '', put or '')} captions changed", duration=4)
-        return self.show(name, which)
-
-    def prefix(self, name: str, text: str, which: str) -> list:
-        gr.Info(f"{self.place.drafts.open(name).prefix(text or '')} captions changed", duration=4)
-        return self.show(name, which)
-
-
-def summary(draft: Draft, contents: Contents) -> str:
-    """What stands well with the pictures, and what does not, each in one sentence."""
-    total, lines = len(contents.pictures), []
-    where = draft.recipe().images if Path(draft.recipe().images) != draft.own_images else ""
-    lines.append(
-        ("good" if contents.captioned == total else "flat",
-         f"{contents.captioned} of {total} captioned" + (f", in {where}" if where else ", saved as you type"))
-    )  # fmt: skip
-    if contents.problems:
-        bad = [f"{p.path.name} {p.message}" for p in contents.problems]
-        of = total + len(bad)
-        lines.append(("bad", f"{len(bad)} of {of} files cannot be used, and must go or be mended before training:"))
-        lines += [("bad", text) for text in bad[:12]]
-        if len(bad) > 12:
-            lines.append(("bad", f"and {len(bad) - 12} more"))
-    if contents.twins:
-        pairs = "; ".join(f"{a} and {b}" for a, b in contents.twins[:3])
-        lines.append(("flat", f"{len(contents.twins)} pairs look the same: {pairs}"))
-    lines += [("flat", text) for text in dataset.warnings(list(contents.pictures.values()), draft.buckets())]
-    return figures.notes(lines)

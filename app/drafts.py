@@ -3,6 +3,7 @@
 <runs-dir>/.drafts/<name>/
   recipe.toml   the settings so far; `images` says where the pictures are
   images/       pictures and their captions, unless the recipe names a folder elsewhere on this machine
+  texts/        instead of them: a file of texts, unless the recipe names one elsewhere, or a data set of the hub
   thumbs/       small copies for the page, named by what they were made from
   removed/      pictures that were taken out, nothing is deleted
 
@@ -25,10 +26,15 @@ from PIL import Image
 from zo_engine import dataset
 from zo_engine import recipe as recipes
 from zo_engine.dataset import DataError, Picture, Problem
-from zo_engine.hub import CHECKOUT, MODELS, SD3_MULTIPLE, find, pixel_multiple
+from zo_engine.hub import CHECKOUT, MODELS, SD3_MULTIPLE, find, is_language, pixel_multiple
 from zo_engine.run import new_name, write_atomic
+from zo_engine.texts import HUB, SUFFIXES
 
-EXAMPLES = {file.parent.name: file.parent for file in sorted((CHECKOUT / "styles").glob("*/recipe.toml"))}
+RECIPES = {file.parent.name: recipes.load(file) for file in sorted((CHECKOUT / "styles").glob("*/recipe.toml"))}
+EXAMPLES = {name: CHECKOUT / "styles" / name for name, recipe in RECIPES.items() if recipe.images}
+TEXTS = {file.stem: file for file in sorted((CHECKOUT / "assets" / "texts").glob("*.jsonl"))[::-1]}
+TITLES = {"voice": "A sailor's voice", "sentiment": "Good or bad?", "json": "Facts as JSON"}
+IMAGE_MODEL, LANGUAGE_MODEL = "tiny-sd3", "tiny-llm"  # what a draft begins with
 WELCOME = dataset.PICTURES | dataset.SIDECARS | {".jsonl"}
 MAX_FILES, MAX_BYTES = 4000, 2 * 2**30  # of one upload, a ZIP counted as it unpacks
 THUMB = 288  # pixels of the longer side
@@ -72,10 +78,15 @@ class Drafts:
 
     def example(self, name: str) -> "Draft":
         """The bundled set as a draft of its own; one that was loaded before is taken up with its edits."""
-        if name not in EXAMPLES:
-            raise DraftError(f"there is no example {name[:80]!r}; there are {', '.join(EXAMPLES)}")
+        if name not in EXAMPLES | TEXTS:
+            raise DraftError(f"there is no example {name[:80]!r}; there are {', '.join(EXAMPLES | TEXTS)}")
         draft = Draft(self.root / name)
-        if not draft.file.exists():
+        if name in TEXTS:
+            if not draft.file.exists():
+                shutil.copyfile(TEXTS[name], _made(draft.own_texts / TEXTS[name].name))
+                settings = RECIPES[name] if name in RECIPES else language_settings("")
+                draft.write(dataclasses.replace(settings, texts=str(draft.own_texts / TEXTS[name].name)))
+        elif not draft.file.exists():
             shutil.copytree(EXAMPLES[name] / "images", draft.own_images, dirs_exist_ok=True)
             example = recipes.load(EXAMPLES[name] / "recipe.toml")
             draft.write(dataclasses.replace(example, images=str(draft.own_images)))
@@ -92,13 +103,39 @@ class Drafts:
         draft.write(dataclasses.replace(settings, preview_every=pictures_every(settings.steps)))
         return draft
 
+    def create_texts(self, source: str, wish: str = "") -> "Draft":
+        """A new draft on a file of texts of this machine, or a data set of the hub. Raises DraftError for neither."""
+        path = Path(source).expanduser()
+        if path.is_file() and path.suffix.lower() in SUFFIXES:
+            source = str(path.resolve())
+        elif path.exists() or not HUB.fullmatch(source):
+            what = "is not one" if path.exists() else "is not there"
+            raise DraftError(
+                f"{source} {what}: give a folder of pictures, a file of texts ({', '.join(SUFFIXES)}), or a data set "
+                "of the hub as org/name"
+            )
+        draft = Draft(new_name(self.root, wish or path.stem))
+        draft.write(language_settings(source))
+        return draft
+
+    def upload_texts(self, file: Path) -> "Draft":
+        """A new draft with a copy of a file of texts."""
+        draft = Draft(new_name(self.root, file.stem))
+        own = _made(draft.own_texts / re.sub(r'[\x00-\x1f<>:"|?*/\\]', "_", file.name)[-120:])
+        shutil.copyfile(file, own)
+        draft.write(language_settings(str(own)))
+        return draft
+
     def again(self, recipe: recipes.Recipe) -> "Draft":
-        """A draft with the pictures and settings of a recipe: the one that has these pictures, or a new one."""
+        """A draft with the data and settings of a recipe: the one that has these pictures or texts, or a new one."""
         for draft in map(self.open, self.names()):
-            if draft.recipe().images == recipe.images:
+            if (draft.recipe().images, draft.recipe().texts) == (recipe.images, recipe.texts):
                 break
         else:
-            draft = self.create(Path(recipe.images).name or "my style", recipe.images or "?")
+            if recipe.texts:
+                draft = self.create_texts(recipe.texts)
+            else:
+                draft = self.create(Path(recipe.images).name or "my style", recipe.images or "?")
         draft.write(recipe)
         return draft
 
@@ -113,14 +150,23 @@ class Draft:
     def __init__(self, path: Path):
         self.path, self.name = path, path.name
         self.file, self.own_images, self.thumbs = path / "recipe.toml", path / "images", path / "thumbs"
+        self.own_texts = path / "texts"
 
     def recipe(self) -> recipes.Recipe:
         return recipes.load(self.file)
 
     def write(self, recipe: recipes.Recipe) -> None:
-        """The recipe, its pictures named relative to it where they are the draft's own."""
-        own = Path(recipe.images) == self.own_images
-        write_atomic(self.file, recipes.dump(dataclasses.replace(recipe, images="images") if own else recipe))
+        """The recipe, its pictures or texts named relative to it where they are the draft's own."""
+        if Path(recipe.images) == self.own_images:
+            recipe = dataclasses.replace(recipe, images="images")
+        if Path(recipe.texts).parent == self.own_texts:
+            recipe = dataclasses.replace(recipe, texts=f"texts/{Path(recipe.texts).name}")
+        write_atomic(self.file, recipes.dump(recipe))
+
+    @property
+    def of_texts(self) -> bool:
+        """Whether it teaches texts, not pictures."""
+        return bool(self.recipe().texts)
 
     def change(self, **settings) -> recipes.Recipe:
         """Set fields of the recipe by name. Raises RecipeError and leaves the file as it was."""
@@ -329,6 +375,28 @@ def _differs(path: Path, content: bytes) -> bool:
     return path.exists() and path.suffix.lower() in dataset.PICTURES and path.read_bytes() != content
 
 
+def language_settings(source: str) -> recipes.Recipe:
+    """What a draft of texts begins with."""
+    settings = recipes.Recipe(texts=source, model=LANGUAGE_MODEL)
+    return dataclasses.replace(settings, preview_every=pictures_every(settings.steps))
+
+
+def learns(model: str) -> str:
+    """What a model learns from: "image" or "text", or "" where it is not known before it is here."""
+    if model in MODELS:
+        return MODELS[model].task
+    folder = find(model)
+    if folder is None:
+        return ""
+    return "text" if is_language(folder) else "image"
+
+
+def _made(path: Path) -> Path:
+    """The path, its folder made."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path
+
+
 def pictures_every(steps: int) -> int:
     """Steps between previews for a run of so many: four of equal distance, the last one at the end."""
     return max(1, steps // 4)
@@ -336,5 +404,6 @@ def pictures_every(steps: int) -> int:
 
 def title(name: str) -> str:
     """A folder's name as a heading."""
+    stem, number = re.fullmatch(r"(.*?)(-\d+)?", name, re.DOTALL).groups()
     words = name.replace("-", " ").replace("_", " ").strip()
-    return words[:1].upper() + words[1:]
+    return TITLES[stem] + (number or "").replace("-", " ") if stem in TITLES else words[:1].upper() + words[1:]

@@ -38,15 +38,15 @@ COST = (
 
 @dataclass(frozen=True)
 class Measured:
-    """What an earlier run on this machine took."""
+    """What an earlier run on this machine took. Work: the pixels, or tokens, of a batch."""
 
     name: str
     step: float  # seconds a step
     memory: int  # bytes
-    work: float  # pixels of a batch
+    work: float
     disk: int  # bytes of its folder
     steps: int
-    rows: int  # of all its steps, for one picture
+    rows: int  # of all its steps, for one picture or text
 
 
 @dataclass(frozen=True)
@@ -75,20 +75,22 @@ class Estimate:
         return found
 
 
-def estimate(settings: Recipe, pixels: int, jobs: Jobs, machine: dict[str, Any]) -> Estimate:
-    """What a run with these settings will need; `machine` is the doctor's report, `pixels` are of one picture."""
-    work = settings.batch_size * pixels
+def estimate(settings: Recipe, each: int, jobs: Jobs, machine: dict[str, Any]) -> Estimate:
+    """What a run with these settings will need; `machine` is the doctor's report, `each` is the pixels of one picture
+    or the tokens of the longest text, 0 while that is not known."""
+    work = settings.batch_size * each
     found = [m for name in jobs.names()[:LOOKED_AT] if (m := measured(Run(jobs.runs / name), settings))]
     like = next((m for m in found if m.work == work), found[0] if found else None)
     card = _card(settings.device, machine)
     previews = 2 + (settings.steps // settings.preview_every if settings.preview_every else 0)
-    drawn = previews * (len(settings.prompts) or 4) * pixels * 3  # bytes; a PNG takes less, a sheet is beside it
+    drawn = previews * (len(settings.prompts) or 4) * each * 3  # bytes; a PNG takes less, a sheet is beside it
     fetched = 0.0
     if find(settings.model) is None and settings.model in doctor.DOWNLOADS:
         fetched = max(0.0, doctor.DOWNLOADS[settings.model] - arrived(repository(settings.model)))
     exact = like is not None and like.work == work
+    known = like if work else None
     return Estimate(
-        seconds=like.step * like.steps * (_rows(settings) / like.rows) * (work / like.work) if like else None,
+        seconds=known.step * known.steps * (_rows(settings) / known.rows) * (work / known.work) if known else None,
         memory=like.memory if exact else doctor.need(settings.model, card is not None),
         disk=drawn + (like.disk / like.steps if like else 20_000) * settings.steps,
         download=fetched,
@@ -106,22 +108,23 @@ def measured(run: Run, settings: Recipe) -> Measured | None:
     except (RecipeError, RunError):  # a start that never came to a step, or a recipe of another version
         return None
     same = all(getattr(theirs, name) == getattr(settings, name) for name in COST)
+    same = same and bool(theirs.texts) == bool(settings.texts)
     if not same or not status.get("seconds_per_step") or not status.get("memory"):
         return None
     previews = sorted(run.previews.glob("*/00.png"))
-    pixels = _pixels(previews[0]) if previews else 0
-    if not pixels:
+    each = status.get("tokens", 0) if theirs.texts else _pixels(previews[0]) if previews else 0
+    if not each:
         return None
     folders = (run.journal_file, run.evaluations_file, run.last_file, run.best_file, run.style_file)
     kept = sum(f.stat().st_size for f in folders if f.exists())
     steps = max(1, int(status["step"]))
     rows = _rows(dataclasses.replace(theirs, steps=steps))
-    return Measured(run.path.name, status["seconds_per_step"], status["memory"], theirs.batch_size * pixels, kept,
+    return Measured(run.path.name, status["seconds_per_step"], status["memory"], theirs.batch_size * each, kept,
                     steps, rows)  # fmt: skip
 
 
 def _rows(settings: Recipe) -> int:
-    """What all steps cost together, in forward passes of a picture: later ones may cost more than the first."""
+    """What all steps cost together, in forward passes of a picture or text: later ones may cost more than the first."""
     if settings.optimizer != "gauss-newton":
         return settings.steps
     return sum(grown(settings.directions or DIRECTIONS, step) for step in range(settings.steps))

@@ -5,15 +5,19 @@ keeps its size on a phone.
 """
 
 import functools
+import json
 import math
 from html import escape
 from pathlib import Path
 from typing import Any
 
 from app import media
-from app.drafts import EXAMPLES, Contents, Draft, title
+from app.drafts import EXAMPLES, TEXTS, Contents, Draft, title
 from app.jobs import Standing
+from app.reading import Reading
 from app.series import Curve, Series
+from zo_engine import dataset
+from zo_engine import texts as reader
 from zo_engine.dataset import fill_trigger
 from zo_engine.run import Run
 
@@ -32,14 +36,14 @@ def header(machine: str) -> str:
 <header class="qzo-head">
   <svg viewBox="0 0 40 40" aria-hidden="true"><rect width="40" height="40" rx="11"/>
     <path d="M10 27V17M16.7 27V11M23.3 27V20M30 27V14"/></svg>
-  <div><h1>QZO Studio</h1><p>Teach an image model your style, in the memory it takes to run it</p></div>
+  <div><h1>QZO Studio</h1><p>Teach an image or language model your style, in the memory it takes to run it</p></div>
   <span class="qzo-machine">{escape(machine)}</span>
 </header>"""
 
 
 @functools.cache
 def examples() -> str:
-    """The bundled sets as buttons, with six small pictures each."""
+    """The bundled sets as buttons, with six small pictures or an exchange of words each."""
     cards = []
     for name, folder in EXAMPLES.items():
         pictures = sorted((folder / "images").glob("*.jpg"))
@@ -50,6 +54,15 @@ def examples() -> str:
             f'<button type="button" class="qzo-example" data-example="{escape(name)}">'
             f'<span class="strip">{strip}</span><span class="what"><b>{escape(title(name))}</b>'
             f'<span>{len(pictures)} pictures, captioned</span></span><span class="go">Use this set</span></button>'
+        )
+    for name, file in TEXTS.items():
+        found = reader.read(file)
+        asked, answer = found.examples[0].messages[-2:]
+        cards.append(
+            f'<button type="button" class="qzo-example words" data-example="{escape(name)}">'
+            f'<span class="said"><i>{escape(asked.content)}</i><b>{escape(answer.content)}</b></span>'
+            f'<span class="what"><b>{escape(title(name))}</b><span>{len(found.examples)} texts</span></span>'
+            f'<span class="go">Use this set</span></button>'
         )
     return f'<div class="qzo-examples">{"".join(cards)}</div>'
 
@@ -101,11 +114,118 @@ def notes(items: list[tuple[str, str]]) -> str:
     return f'<div role="status"><ul class="qzo-notes">{lines}</ul></div>' if lines else ""
 
 
+# Texts
+
+
+def texts(draft: Draft, found: Reading, kind: str) -> str:
+    """What a draft's texts are, and how long."""
+    known, settings = found.facts, draft.recipe()
+    name = Path(settings.texts).name if Path(settings.texts).is_absolute() else settings.texts
+    rows = []
+    if kind:
+        rows.append(("form", kind))
+    if columns := known.get("mapping"):
+        rows.append(("columns", ", ".join(f"{field} from “{column}”" for field, column in columns.items())))
+    if "rows" in known:
+        held = dataset.held_out(found.usable, settings.holdout)
+        rows.append(("examples", f"{found.usable:,} of {known['rows']:,} rows; {held:,} kept out to measure with"))
+        if known["choices"]:
+            rows.append(("choices", "known: how often the right answer is the likeliest is measured as well"))
+    if lengths := known.get("lengths"):
+        half = f"half of them at most {lengths['median']:,}, 95 % at most {lengths['most']:,}"
+        rows.append(("length", f"{lengths['shortest']:,} to {lengths['longest']:,} tokens; {half}"))
+        rows.append(("learnt", f"{lengths['learnt']:,} of {lengths['total']:,} tokens"))
+        most = f"at {known['limit']:,} tokens" + ("" if known["limit"] == settings.length else ", what the model reads")
+        rows.append(("cut", f"{known['cut']:,} texts, {most}" if known["cut"] else f"none, {most}"))
+    said = [("bad", found.complaint)] if found.complaint else []
+    said += [("flat", note) for note in known.get("notes", ())]
+    busy = ""
+    if found.busy:
+        what = "The tokenizer is being asked" if "rows" in known else "The texts are being read"
+        busy = f'<p class="qzo-empty busy" role="status">{what}</p>'
+    return facts(name, rows) + notes(said) + busy
+
+
+def rendered(found: Reading) -> str:
+    """The first examples as the model reads them: what is learnt stands out."""
+    if not (shown := found.facts.get("shown")):
+        return ""
+    first, *rest = (f'<p class="qzo-tokens">{_runs(runs)}</p>' for runs in shown)
+    more = f'<details class="qzo-more"><summary>{len(rest)} more</summary>{"".join(rest)}</details>' if rest else ""
+    legend = '<p><mark>learnt</mark> and <span class="read">read, but not learnt</span></p>'
+    return f'<section class="qzo-card"><h3>As the model reads it</h3>{legend}{first}{more}</section>'
+
+
+def _runs(runs: list[list]) -> str:
+    return "".join(
+        f"<mark>{escape(text)}</mark>" if learnt else f'<span class="read">{escape(text)}</span>'
+        for text, learnt in runs
+    )
+
+
+def bad_rows(problems: list[list], total: int) -> str:
+    """Rows that cannot be used, by line."""
+    if not problems:
+        return ""
+    lines = "".join(f"<tr><td>{line:,}</td><td>{escape(why)}</td></tr>" for line, why in problems)
+    more = f"<p>and {total - len(problems):,} more</p>" if total > len(problems) else ""
+    which = "1 row cannot be used" if total == 1 else f"{total:,} rows cannot be used"
+    return (
+        f'<section class="qzo-card qzo-bad"><h3>{which}</h3><div class="scroll" tabindex="0" role="region" '
+        f'aria-label="{which}"><table><thead><tr><th scope="col">line</th><th scope="col">why</th></tr></thead>'
+        f"<tbody>{lines}</tbody></table></div>{more}</section>"
+    )
+
+
+def answers(run: Run, step: int | None = None) -> str:
+    """The preview prompts with what the base answered, and what was answered at a step, or last."""
+    known = {int(f.stem): f for f in run.previews.glob("*.json") if f.stem.isdigit()} if run.previews.is_dir() else {}
+    if 0 not in known:
+        return '<p class="qzo-empty">The first answers show what the model says before it learns anything.</p>'
+    step = step if step in known else max(known)
+    first, now = (json.loads(known[s].read_text(encoding="utf-8"))["answers"] for s in (0, step))
+    rows = ""
+    for before, after in zip(first, now, strict=False):
+        then = f'<td data-at="step {step:,}">{_said(after["answer"])}</td>' if step else ""
+        rows += (
+            f'<tr><th scope="row">{escape(before["prompt"])}</th><td data-at="before">{_said(before["answer"])}</td>'
+        )
+        rows += f"{then}</tr>"
+    head = '<th scope="col">prompt</th><th scope="col">before</th>'
+    head += f'<th scope="col">step {step:,}</th>' if step else ""
+    return f'<table class="qzo-answers"><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>'
+
+
+def _said(text: str) -> str:
+    return escape(text.strip()) or "<em>nothing</em>"
+
+
+def chat(turns: list[dict[str, Any]], state: str = "", trouble: str = "") -> str:
+    """Base and style side by side; `state` is what a question without an answer waits for."""
+    if not turns:
+        return (
+            '<p class="qzo-empty">Both hear the same words. What the base answers stands on the left, what the style '
+            "answers on the right.</p>"
+        )
+    parts = []
+    for turn in turns:
+        sides = ""
+        for side, name in (("before", "base"), ("after", f"style at strength {turn['strength']:g}")):
+            if side in turn:
+                sides += f'<div class="{side}"><b>{name}</b><p>{_said(turn[side])}</p></div>'
+            elif "error" not in turn and not trouble:
+                sides += f'<div class="{side}"><b>{name}</b><p class="qzo-empty busy">{escape(state)}</p></div>'
+        wrong = notes([("bad", f"This cannot be asked: it {turn['error']}.")]) if "error" in turn else ""
+        parts.append(f'<li><p class="you">{escape(turn["prompt"])}</p><div class="sides">{sides}</div>{wrong}</li>')
+    said = notes([("bad", trouble)]) if trouble else ""
+    return f'<ol class="qzo-chat" role="log" aria-label="Conversation">{"".join(parts)}</ol>{said}'
+
+
 # A run
 
 
-def card(standing: Standing, run: Run, steps: int) -> str:
-    """State, progress and the figures of the moment."""
+def card(standing: Standing, run: Run, steps: int, unit: str = "pictures", accuracy: float | None = None) -> str:
+    """State, progress and the figures of the moment; `unit` is what the run learns from."""
     status = standing.status
     done = int(status.get("step", 0))
     steps = int(status.get("steps", steps) or 1)
@@ -120,6 +240,8 @@ def card(standing: Standing, run: Run, steps: int) -> str:
         facts.append(("memory", f"{status['memory'] / 1e9:.1f} GB"))
     if status.get("held_out") is not None:
         facts.append(("held-out loss", f"{status['held_out']:.4f}"))
+    if accuracy is not None:
+        facts.append(("held-out accuracy", f"{100 * accuracy:.0f} %"))
     if status.get("best_held_out") is not None:
         facts.append(("best", f"{status['best_held_out']:.4f} at step {status['best_step']}"))
     if status.get("skipped"):
@@ -127,7 +249,7 @@ def card(standing: Standing, run: Run, steps: int) -> str:
     rows = "".join(f"<div><dt>{escape(k)}</dt><dd>{escape(v)}</dd></div>" for k, v in facts)
     says = standing.message
     if standing.state == "running" and not says:
-        says = now(status)
+        says = now(status, unit)
     message = f'<p class="message">{escape(says)}</p>' if says else ""
     return f"""
 <section class="qzo-card qzo-run" aria-label="Run {escape(standing.name)}">
@@ -139,12 +261,13 @@ def card(standing: Standing, run: Run, steps: int) -> str:
 </section>"""
 
 
-def now(status: dict[str, Any]) -> str:
+def now(status: dict[str, Any], unit: str) -> str:
     """What a run that trains is at, while that is news."""
+    looks = "drawing the {} pictures" if unit == "pictures" else "asking the {} prompts"
     if status["step"] == status["steps"]:
-        return "Drawing the last pictures, and saving the style."
+        return f"{looks.format('last').capitalize()}, and saving the style."
     if "remaining" not in status:
-        return "Taking up the run." if status["step"] else "Measuring the start, and drawing the first pictures."
+        return "Taking up the run." if status["step"] else f"Measuring the start, and {looks.format('first')}."
     if not status["step"]:
         return "The first step is under way; it shows how long the rest will take."
     if "one_step" in status and status["step"] <= FIRST_STEPS:
@@ -156,16 +279,22 @@ def pill(state: str) -> str:
     return f'<span class="qzo-pill {state}">{WORDS[state]}</span>'
 
 
-def charts(series: Series, pictured: list[int]) -> str:
-    """Held-out loss with its verdict, and the training loss; a mark for every step in `pictured`."""
+def charts(series: Series, pictured: list[int], unit: str = "pictures") -> str:
+    """Held-out loss with its verdict, the training loss, and the accuracy where examples have choices; a mark for every
+    step in `pictured`."""
     kind, verdict = series.verdict()
     held, (raw, smooth), best = series.held_out(), series.training(), series.best()
     mark = (best["step"], best["loss"]) if best and best["step"] else None
     start = held.y[0] if held.y else None
     first = chart("Held-out loss", [("line", held)], mark=mark, level=start, pictured=pictured, note=verdict, kind=kind)
+    others = "other pictures at other noise levels" if unit == "pictures" else "other texts"
     second = chart("Training loss", [("raw", raw), ("line", smooth)], pictured=pictured,
-                   note="Noisy by nature: every step sees other pictures at other noise levels.")  # fmt: skip
-    return f'<div class="qzo-charts">{first}{second}</div>'
+                   note=f"Noisy by nature: every step sees {others}.")  # fmt: skip
+    right, third = series.accuracy(), ""
+    if right.x:
+        third = chart("Accuracy", [("line", right)], level=right.y[0], pictured=pictured, unit=" %",
+                      note="How often the right choice is the likeliest, on held-out texts.")  # fmt: skip
+    return f'<div class="qzo-charts{" three" if third else ""}">{first}{third}{second}</div>'
 
 
 def method(series: Series) -> str:
@@ -309,7 +438,8 @@ def runs(rows: list[tuple[Standing, Run, str, str]], current: str) -> str:
     cards = []
     for standing, run, what, size in rows:
         sheets = sorted(run.previews.glob("*/00.png"))
-        picture = '<span class="none"></span>'
+        letters = '<span class="none" aria-hidden="true">Aa</span>'  # of a run that answers
+        picture = letters if (run.previews / "000000.json").exists() else '<span class="none"></span>'
         if sheets:
             place = media.url("run", standing.name, sheets[-1].relative_to(run.path).as_posix())
             picture = f'<img loading="lazy" alt="" src="{place}">'

@@ -44,11 +44,10 @@ class History:
         for name in self.place.jobs.names():
             folder = self.place.jobs.run(name)
             settings = settings_of(folder, self.place.jobs.job(name).recipe_file)
-            what = (
-                f"{settings.trigger or 'no trigger'}, on {settings.model}"
-                if settings
-                else "a recipe of another version"
-            )
+            what = "a recipe of another version"
+            if settings:
+                taught = Path(settings.texts).name if settings.texts else settings.trigger or "no trigger"
+                what = f"{taught}, on {settings.model}"
             if (search or "").lower() in f"{name} {title(name)} {what}".lower():
                 used = space(folder.path)
                 total += used
@@ -71,11 +70,11 @@ class History:
         return [*self.show(current, search), current, ""]
 
     def again(self, name: str | None) -> list:
-        """A draft with the pictures and the settings of a run, ready to be changed and trained."""
+        """A draft with the data and the settings of a run, ready to be changed and trained."""
         run = self.place.jobs.run(chosen(name))
         settings = settings_of(run, self.place.jobs.job(run.path.name).recipe_file)
         if settings is None:
-            raise JobError(f"{name} has no recipe that this version can read; begin with pictures instead")
+            raise JobError(f"{name} has no recipe that this version can read; begin with its data instead")
         return [self.place.drafts.again(settings).name, gr.Tabs(selected="train")]
 
 

@@ -5,7 +5,7 @@
   train/<run>.json     process id, its start time, the words it was started with, and when it was asked to stop
   train/<run>.toml     the recipe as it was when the button was pressed
   train/<run>.log      what the process said
-  compare/ export/ inspect/ download/ doctor/    the same for other commands
+  compare/ chat/ export/ texts/ inspect/ download/ doctor/    the same for other commands
 
 A process is the one of a record if its id and its start time agree: an id alone is given to others after a restart.
 """
@@ -183,6 +183,7 @@ class Jobs:
                 continue
         job = self.job(path.name)
         write_atomic(job.recipe_file, recipes.dump(recipe))
+        self.end_chats()
         job.start("train", str(job.recipe_file), "--out", str(path))
         return path.name
 
@@ -195,7 +196,13 @@ class Jobs:
         if process := self.job(name).process():  # it has said its last word, and is about to end
             with suppress(psutil.TimeoutExpired):
                 process.wait(PATIENCE_TO_END)
+        self.end_chats()
         self.job(name).start("resume", str(self.runs / name))
+
+    def end_chats(self, name: str = "*") -> None:
+        """Let go of the models that are kept loaded to talk with, of one run or of all: what was said is on disk."""
+        for file in (self.runs / ".jobs" / "chat").glob(f"{name}.json"):
+            self.job(file.stem, "chat").stop()
 
     def stop(self, name: str) -> None:
         """Ask a run to leave its step and save."""
@@ -228,6 +235,7 @@ class Jobs:
     def rename(self, name: str, wish: str) -> str:
         """Give a run that is not live another name; gives the name it has then. Raises JobError."""
         self.run(name)  # refuses what is no run
+        self.end_chats(name)
         busy = [kind for kind in ("compare", "export") if self.job(name, kind).alive()]
         if self.look(name).live or busy:
             raise JobError(f"{name} is at work; wait for it, or stop it first")
@@ -251,6 +259,7 @@ class Jobs:
         self.run(name)  # refuses what is no run
         if self.look(name).live:
             raise JobError(f"{name} is still running; stop it first")
+        self.end_chats(name)
         shutil.move(self.runs / name, new_name(self.runs / ".bin", name))
         for file in self._records(name):
             file.unlink()
@@ -266,6 +275,8 @@ class Jobs:
             return Standing(name, "failed", str(error), why_not_resume="" if not alive else "it is running")
         fresh = bool(status) and _time(status) >= record.get("started", 0) - 1
         state, message = self._state(job, record, alive, status, fresh)
+        if state == "waiting":
+            self.end_chats()  # a run that waits for the device goes before a model that is only kept at hand
         return Standing(name, state, message, status, self._why_not_resume(run, state))
 
     def _state(self, job: Job, record: dict, alive: bool, status: dict, fresh: bool) -> tuple[str, str]:

@@ -7,10 +7,11 @@ from pathlib import Path
 import gradio as gr
 
 from app import figures
+from app.drafts import IMAGE_MODEL, LANGUAGE_MODEL, learns
 from app.jobs import Job
 from app.place import Place
 from app.plainly import plainly
-from zo_engine.hub import MODELS, ModelError, arrived, check_pipeline, find, read_json, repository
+from zo_engine.hub import MODELS, ModelError, arrived, check, find, is_language, read_json, repository
 
 ACCESS = (
     "Behind a licence. Once: open huggingface.co/{repo}, log in and accept it; make a token of the kind “read” at "
@@ -18,6 +19,7 @@ ACCESS = (
 )
 
 
+GATED = ("stabilityai/", "meta-llama/")  # whose repositories ask for a licence to be accepted
 REPOSITORY = r"[\w.-]+/[\w.-]+"
 
 
@@ -28,11 +30,12 @@ class Models:
         self.place = place
 
     def build(self, draft: gr.State, tab: gr.Tab) -> None:
-        gr.HTML('<h2 class="qzo-title">Which model learns the style</h2>')
-        choice = gr.Radio([(m.title, m.name) for m in MODELS.values()], value="tiny-sd3", label="Model")
+        heading = gr.HTML(heading_of(""))
+        choice = gr.Radio([(m.title, m.name) for m in MODELS.values()], value=IMAGE_MODEL, label="Model")
         other = gr.Textbox(
-            label="Or a diffusers folder on this machine, or a hub repository (org/name) of the same kind",
-            placeholder="/models/sd3.5-large",
+            label="Or a folder on this machine, or a hub repository (org/name)",
+            info="Pictures: Stable Diffusion 3 as diffusers has it. Texts: a causal language model of transformers",
+            placeholder="/models/my-model, or org/name",
         )
         with gr.Row(elem_classes="qzo-buttons"):
             fetch = gr.Button("Download this model", visible=False, min_width=160)
@@ -42,7 +45,7 @@ class Models:
         timer = gr.Timer(2)
 
         loading = [fetch, pause, fetched]
-        view = [choice, other, cards, machine, *loading]
+        view = [heading, choice, other, cards, machine, *loading]
         quiet = {"show_progress": "hidden", "api_visibility": "private"}
         gr.on([draft.change, tab.select], plainly(self.show), draft, view, **quiet)
         choice.input(plainly(self.choose), [draft, choice], view, **quiet)
@@ -54,33 +57,43 @@ class Models:
 
     def show(self, name: str) -> list:
         """The draft's model among all, and the machine."""
-        return self.view(self.model(name))
+        return self.view(self.model(name), self.task(name))
 
-    def view(self, model: str) -> list:
+    def view(self, model: str, task: str) -> list:
         known = model in MODELS
-        shown = [model if known else None, "" if known else model, self.cards(model), self.machine()]
+        fitting = [(m.title, m.name) for m in MODELS.values() if m.task == (task or m.task)]
+        choice = gr.Radio(choices=fitting, value=model if known else None)
+        shown = [heading_of(task), choice, "" if known else model, self.cards(model, task), self.machine()]
         return [*shown, *self.fetched(model)]
+
+    def task(self, name: str) -> str:
+        """What a draft has to be learnt from: "image" or "text"; "" where there is none."""
+        if name not in self.place.drafts.names():
+            return ""
+        return "text" if self.place.drafts.open(name).of_texts else "image"
 
     def model(self, name: str) -> str:
         """The model of a draft; the embedded one where there is no draft."""
-        return self.place.drafts.open(name).recipe().model if name in self.place.drafts.names() else "tiny-sd3"
+        return self.place.drafts.open(name).recipe().model if name in self.place.drafts.names() else IMAGE_MODEL
 
     def choose(self, name: str, model: str) -> list:
         """A known model, at its own resolution."""
         if name:
+            refuse_other_kind(model, self.task(name))
             draft = self.place.drafts.open(name)
             before = draft.recipe()
             # a resolution that belongs to the model that was chosen before means nothing to the next
             same = before.model == model
             draft.change(model=model, resolution=before.resolution if same else "")
             return self.show(name)
-        return self.view(model)
+        return self.view(model, "")
 
     def other(self, name: str, model: str) -> list:
         """A folder, checked at once, or a repository. Raises ModelError for what is neither."""
         if name and (model := (model or "").strip()) and self.model(name) != model:
             if folder := find(model):
-                check_pipeline(folder)
+                check(folder)
+                refuse_other_kind(model, self.task(name))
                 model = str(folder) if model not in MODELS and "/" in model and Path(model).exists() else model
             elif not re.fullmatch(REPOSITORY, model):
                 raise ModelError(f"there is no folder {model!r} on this machine, and a repository is written org/name")
@@ -136,15 +149,16 @@ class Models:
         if ended > self.place.doctor.record().get("started", 0):
             self.place.examine()  # a download ended: is the model whole?
             return [gr.skip(), gr.skip(), gr.skip(), *self.fetched(model)]
-        return [self.cards(model), self.machine(), gr.Timer(active=False), *self.fetched(model)]
+        return [self.cards(model, self.task(name)), self.machine(), gr.Timer(active=False), *self.fetched(model)]
 
-    def cards(self, chosen: str) -> str:
+    def cards(self, chosen: str, task: str) -> str:
+        """One card a model that fits what is to be learnt."""
         found = self.place.machine()
         can = {entry["model"]: entry for entry in found.get("can_run", ())}
         here = found.get("hub", {}).get("models", {})
         token = found.get("hub", {}).get("token", False)
         cards = []
-        for known in MODELS.values():
+        for known in [m for m in MODELS.values() if m.task == (task or m.task)]:
             entry = can.get(known.name)
             there = here.get(known.name, True if find(known.name) else None)
             status = {
@@ -156,17 +170,17 @@ class Models:
                 verdict = ("flat", "The machine is being looked at.")
             elif not entry["device"]:
                 verdict = ("bad", f"Will not work here: {entry['why']}.")
-            elif there is False and not token and known.repo.startswith("stabilityai/"):
+            elif there is False and not token and known.repo.startswith(GATED):
                 verdict = ("flat", ACCESS.format(repo=known.repo))
             elif entry["device"] == "cpu":
-                small = known.name == "tiny-sd3"
+                small = known.name in (IMAGE_MODEL, LANGUAGE_MODEL)
                 verdict = ("good", "Will work here, on the processor.") if small else (
                     "flat", f"Will work here, on the processor: {entry['why']}.")  # fmt: skip
             else:
                 verdict = ("good", f"Will work here, on {entry['device']}: {entry['why']}.")
             facts = [
                 ("files", status[there]),
-                ("pictures of", f"{known.resolution.replace(',', ', ')} pixels"),
+                *([("pictures of", f"{known.resolution.replace(',', ', ')} pixels")] if known.resolution else []),
                 ("licence", known.licence),
             ]
             cards.append(
@@ -200,6 +214,26 @@ class Models:
         return figures.facts("This machine", rows)
 
 
+def heading_of(task: str) -> str:
+    """What can be chosen, and why only that."""
+    which = {
+        "image": ("Which model learns the style", "Your draft is of pictures, so these are the models that draw."),
+        "text": ("Which model learns the texts", "Your draft is of texts, so these are the models that write."),
+        "": ("Which model learns", "Image models learn from pictures, language models from texts."),
+    }
+    title, why = which[task]
+    other = " For the others, choose or begin another draft on the Data tab." if task else ""
+    return f'<h2 class="qzo-title">{title}</h2><p class="qzo-why">{why}{other}</p>'
+
+
+def refuse_other_kind(model: str, task: str) -> None:
+    """Raises ModelError for a model that cannot learn what the draft has."""
+    kind = learns(model)
+    if kind and task and kind != task:
+        draws, has = ("draws pictures", "texts") if kind == "image" else ("writes texts", "pictures")
+        raise ModelError(f"{model} {draws}, and this draft has {has}; begin another draft on the Data tab for it")
+
+
 def other_model(model: str) -> dict:
     """The card of a folder or a repository that is none of the known models."""
     folder, facts = find(model), []
@@ -207,10 +241,15 @@ def other_model(model: str) -> dict:
         verdict = ("flat", "Not on this machine yet. Download it here, or it is fetched when training starts.")
     else:
         try:
-            check_pipeline(folder)
-            quantized = "quantization_config" in read_json(folder / "transformer" / "config.json")
+            check(folder)
+            language = is_language(folder)
+            config = read_json(folder / "config.json" if language else folder / "transformer" / "config.json")
+            quantized = "quantization_config" in config
             facts.append(("weights", "quantised already" if quantized else "quantised as they are loaded"))
-            verdict = ("good", "A whole Stable Diffusion 3 pipeline, as far as its files tell.")
+            kind = f"language model ({config['architectures'][0]})" if language else "Stable Diffusion 3 pipeline"
+            verdict = ("good", f"A whole {kind}, as far as its files tell.")
+            if language:
+                facts.append(("learns", "texts and answers"))
         except ModelError as error:
             verdict = ("bad", str(error))
         size = sum(f.stat().st_size for f in folder.rglob("*") if f.is_file())

@@ -11,7 +11,7 @@ from starlette.middleware import Middleware  # noqa: E402
 from starlette.middleware.gzip import GZipMiddleware  # noqa: E402
 
 from app import figures  # noqa: E402
-from app.data import Pictures  # noqa: E402
+from app.data import Data  # noqa: E402
 from app.guard import LOOPBACK, Guard  # noqa: E402
 from app.history import History  # noqa: E402
 from app.media import Media  # noqa: E402
@@ -20,6 +20,14 @@ from app.place import Place  # noqa: E402
 from app.result import Result  # noqa: E402
 from app.train import Training  # noqa: E402
 
+TABS = ("data", "model", "train", "result", "runs")
+# Whoever has gone to a tab while the page was loading stays there.
+NOTE_A_CHOICE = """<script>
+document.addEventListener('click', (e) => {
+  if (e.target.closest?.('#tabs [role=tab]')) window.tabWasChosen = true;
+}, true);
+</script>"""
+GO_THERE = "(first) => window.tabWasChosen ? [] : {__type__: 'update', selected: first}"
 STYLESHEET = Path(__file__).with_name("page.css")
 PORT = 7860
 MAX_UPLOAD = "2gb"
@@ -33,15 +41,15 @@ def build(runs: Path) -> gr.Blocks:
     """The page over a folder of runs."""
     place = Place(runs)
     with gr.Blocks(title="QZO Studio", analytics_enabled=False, delete_cache=(3600, 86400)) as page:
-        draft, run = gr.State(""), gr.State("")
-        head = gr.HTML(figures.header(place.device()))
+        draft, run, known = gr.State(""), gr.State(""), gr.State("")  # known: of the draft's texts
+        head, first = gr.HTML(figures.header(place.device())), gr.Textbox("data", visible=False)
         with gr.Tabs(overflow_behavior="wrap", elem_id="tabs") as tabs:
-            with gr.Tab("Pictures", id="pictures"):
-                Pictures(place).build(draft, tabs)
+            with gr.Tab("Data", id="data"):
+                Data(place).build(draft, known, tabs)
             with gr.Tab("Model", id="model") as model:
                 Models(place).build(draft, model)
             with gr.Tab("Train", id="train") as train:
-                Training(place).build(draft, run, tabs, train)
+                Training(place).build(draft, known, run, tabs, train)
             with gr.Tab("Result", id="result") as result:
                 Result(place).build(run, result)
             with gr.Tab("Runs", id="runs") as history:
@@ -52,12 +60,13 @@ def build(runs: Path) -> gr.Blocks:
             jobs, asked = place.jobs, request.query_params.get("run", "")
             names = jobs.names()
             current = asked if asked in names else next(iter(jobs.live()), "") or next(iter(names), "")
-            usual = "train" if asked in names or jobs.live() else "pictures"
-            shown = request.query_params.get("tab") or usual
+            usual = "train" if asked in names or jobs.live() else "data"
+            shown = request.query_params.get("tab", "")
             drafts = place.drafts.names()
-            return [(drafts or [""])[0], current, gr.Tabs(selected=shown), figures.header(place.device())]
+            return [(drafts or [""])[0], current, shown if shown in TABS else usual, figures.header(place.device())]
 
-        page.load(take_up, None, [draft, run, tabs, head], show_progress="hidden", api_visibility="private")
+        quiet = {"show_progress": "hidden", "api_visibility": "private"}
+        page.load(take_up, None, [draft, run, first, head], **quiet).then(None, first, tabs, js=GO_THERE)
     return page
 
 
@@ -146,7 +155,7 @@ def serve(
             server_name=host, server_port=port, share=False, ssr_mode=False, run_history=False, inbrowser=False,
             enable_monitoring=False, mcp_server=False, pwa=False, quiet=True, show_error=True, footer_links=[],
             max_file_size=MAX_UPLOAD, blocked_paths=[str(runs)], prevent_thread_lock=True, theme=theme(),
-            css=STYLESHEET.read_text(encoding="utf-8"), app_kwargs={"middleware": guards},
+            css=STYLESHEET.read_text(encoding="utf-8"), head=NOTE_A_CHOICE, app_kwargs={"middleware": guards},
         )  # fmt: skip
     except OSError:  # what Gradio says at length: the port is taken, or the address is not of this machine
         raise PageError(f"port {port} of {host} cannot be had; choose another with --port") from None

@@ -1,4 +1,4 @@
-"""The tab of results: before and after, at any strength, and everything that can be taken home."""
+"""The tab of results: before and after at any strength, in pictures or words, and everything that can be taken home."""
 
 import hashlib
 import json
@@ -8,6 +8,7 @@ import gradio as gr
 from PIL import Image
 
 from app import figures, media
+from app.chat import Chat
 from app.drafts import title
 from app.jobs import Job
 from app.place import Place
@@ -27,17 +28,21 @@ FILES = (
     ("plots/loss.png", "The figures", "Opened by any viewer of pictures"),
 )
 
+NO_PICTURES = (None, gr.skip(), gr.skip(), gr.skip(), "")
+
 
 class Result:
     """Components and what they do."""
 
     def __init__(self, place: Place):
-        self.place = place
+        self.place, self.chat = place, Chat(place)
 
     def build(self, run: gr.State, tab: gr.Tab) -> None:
         chooser = gr.Dropdown([], label="Run", interactive=True)
         empty = gr.HTML()
-        with gr.Column(visible=False) as area:
+        with gr.Column(visible=False) as talk:
+            self.chat.build(run)
+        with gr.Column(visible=False) as sheets:
             gr.HTML('<h2 class="qzo-title">Before, to the left of the handle, and after; same prompts and seeds</h2>')
             slider = gr.ImageSlider(
                 show_label=False, interactive=False, max_height=620, buttons=["fullscreen"], elem_id="slider",
@@ -54,26 +59,26 @@ class Result:
                     seed = gr.Number(42, label="Seed", precision=0)
             draw = gr.Button("Draw base and style", variant="primary")
             drawn = gr.HTML()
+        with gr.Column(visible=False) as area:
             gr.HTML('<h2 class="qzo-title">Take it home</h2>')
             files = gr.HTML()
             with gr.Row():
-                export = gr.Button("Write the whole styled model as a diffusers folder")
+                export = gr.Button("Write the whole styled model as a folder, at the strength above")
             exported = gr.HTML()
             with gr.Accordion("Everything that is known about this style", open=False):
                 known = gr.HTML()
-        compared = gr.State("")
-        view = [chooser, empty, area, slider, step, prompts, seed, files, known, compared]
+        compared, timer = gr.State(""), gr.Timer(2, active=False)
+        pictures = [slider, step, prompts, seed, compared]
+        view = [chooser, empty, talk, sheets, area, files, known, timer, *pictures, *self.chat.view]
         quiet = {"show_progress": "hidden", "api_visibility": "private"}
         gr.on([run.change, tab.select], plainly(self.show), [run, compared], view, **quiet)
         chooser.input(lambda name: name, chooser, run, **quiet)
         step.input(plainly(self.slider), [run, step], slider, **quiet)
-        draw.click(plainly(self.draw), [run, prompts, strength, seed], drawn, **quiet)
-        export.click(plainly(self.export), [run, strength], exported, **quiet)
-        timer = gr.Timer(2)
+        draw.click(plainly(self.draw), [run, prompts, strength, seed], [drawn, timer], **quiet)
+        export.click(plainly(self.export), [run, strength, self.chat.strength], [exported, timer], **quiet)
         seen = gr.State(())
-        timer.tick(
-            self.wait, [run, seen], [seen, drawn, exported, known], trigger_mode="once", concurrency_limit=None, **quiet
-        )
+        timer.tick(self.wait, [run, seen], [seen, drawn, exported, known, timer], trigger_mode="once",
+                   concurrency_limit=None, **quiet)  # fmt: skip
 
     def show(self, name: str, compared: str = "") -> list:
         """A run's results, from its folder. Pictures that are compared already are not sent again: Gradio would write
@@ -84,10 +89,16 @@ class Result:
         if name not in names:
             why = "This run has no style yet: it is written when the run ends or is stopped." if name else ""
             why = why or "No run has been chosen. Train one, or choose one above."
-            hidden = gr.Column(visible=False)
-            return [chooser, f'<p class="qzo-empty">{why}</p>', hidden, None, *[gr.skip()] * 5, ""]
+            hidden = [gr.Column(visible=False)] * 3
+            return [chooser, f'<p class="qzo-empty">{why}</p>', *hidden, *[gr.skip()] * 3, *NO_PICTURES,
+                    *self.chat.nothing()]  # fmt: skip
         run = jobs.run(name)
         self._ask(name)
+        answers = card.read(run.style_file).answers
+        areas = [gr.Column(visible=shown) for shown in (answers, not answers, True)]
+        both = [chooser, "", *areas, self.files(name), self.known(name), gr.Timer(active=True)]
+        if answers:
+            return [*both, *NO_PICTURES, *self.chat.show(name)]
         steps = [int(f.stem) for f in sorted(run.previews.glob("*.png"))]
         chosen = gr.Dropdown(choices=[(f"step {s:,}", s) for s in steps[1:]], value=steps[-1] if steps[1:] else None)
         settings = settings_of(run, run.recipe_file)
@@ -96,8 +107,7 @@ class Result:
         slider, mark = self.slider(name, steps[-1]) if steps else None, f"{name} {steps}"
         if mark == compared:
             slider, chosen = gr.skip(), gr.skip()
-        return [chooser, "", gr.Column(visible=True), slider, chosen, prompts, seed,
-                self.files(name), self.known(name), mark]  # fmt: skip
+        return [*both, slider, chosen, prompts, seed, mark, *self.chat.nothing()]
 
     def files(self, name: str) -> str:
         """What can be taken home, each with what opens it."""
@@ -122,7 +132,7 @@ class Result:
 
     # What needs the model is done by a process of its own
 
-    def draw(self, name: str, prompts: str, strength: float, seed: float) -> str:
+    def draw(self, name: str, prompts: str, strength: float, seed: float) -> tuple[str, gr.Timer]:
         run = self.place.jobs.run(name)
         lines = [line.strip() for line in (prompts or "").splitlines() if line.strip()]
         seed = int(seed or 0)
@@ -136,7 +146,7 @@ class Result:
             asked = [word for line in lines for word in ("--prompt", line)]
             words = ["compare", str(run.path), *asked, "--strength", str(strength), "--seed", str(seed)]
             self._job(name, "compare").start(*words, "--out", str(out))
-        return self.drawn(name)
+        return self.drawn(name), gr.Timer(active=True)
 
     def drawn(self, name: str) -> str:
         """The last comparison of a run, or how it stands."""
@@ -155,12 +165,13 @@ class Result:
         says = f"Base above, style at strength {strength:g} below"
         return f'<figure class="qzo-sheet"><img src="{place}" alt="{says}"><figcaption>{says}</figcaption></figure>'
 
-    def export(self, name: str, strength: float) -> str:
+    def export(self, name: str, strength: float, of_chat: float) -> tuple[str, gr.Timer]:
         run = self.place.jobs.run(name)
+        strength = of_chat if card.read(run.style_file).answers else strength
         out = run.path / f"exported-{float(strength):g}"
         if not out.exists():
             self._job(name, "export").start("export", str(run.path), str(out), "--strength", str(float(strength)))
-        return self.exported(name)
+        return self.exported(name), gr.Timer(active=True)
 
     def exported(self, name: str) -> str:
         job = self._job(name, "export")
@@ -171,9 +182,14 @@ class Result:
             known = card.read(run.style_file)
             used = figures.size(sum(f.stat().st_size for f in folder.rglob("*") if f.is_file()))
             strength = folder.name.removeprefix("exported-")
-            opens = f"With a model card, at strength {strength}. Opened by plain diffusers on a GPU, and by QZO Studio "
+            who = "transformers" if known.answers else "diffusers on a GPU"
+            opens = f"With a model card, at strength {strength}. Opened by plain {who}, and by QZO Studio "
             opens += f"as a model. On the machine of this page: {folder}"
-            snippet = card.folder_snippet(folder, known, text_length(folder))
+            snippet = (
+                card.language_snippet(folder, known)
+                if known.answers
+                else card.folder_snippet(folder, known, text_length(folder))
+            )
             rows.append(("The whole model", "", used, opens, snippet))
         words = job.record().get("words", [])
         trouble = [("bad", job.complaint())] if words and not Path(words[2]).exists() else []
@@ -196,9 +212,11 @@ class Result:
         return self.place.jobs.job(name, kind)
 
     def wait(self, name: str, seen: tuple) -> list:
-        """What the processes of this tab have brought since the last look."""
+        """What the processes of this tab have brought since the last look; the clock rests when none is left."""
         if name not in self.place.jobs.names():
-            return [(), gr.skip(), gr.skip(), gr.skip()]
+            return [(), gr.skip(), gr.skip(), gr.skip(), gr.Timer(active=False)]
+        busy = any(self._job(name, kind).alive() for kind in ("compare", "export", "inspect"))
         parts = (name, self.drawn(name), self.exported(name), self.known(name))
         seen = tuple(seen) or ("", "", "", "")
-        return [parts, *(new if new != old else gr.skip() for new, old in zip(parts[1:], seen[1:], strict=True))]
+        shown = (new if new != old else gr.skip() for new, old in zip(parts[1:], seen[1:], strict=True))
+        return [parts, *shown, gr.skip() if busy else gr.Timer(active=False)]

@@ -83,6 +83,10 @@ class Series:
         low, high = ([y + side * e for y, e in zip(mean.y, error.y, strict=True)] for side in (-1, 1))
         return Curve(mean.x, mean.y, low, high)
 
+    def accuracy(self) -> Curve:
+        """The share of held-out questions answered right, in percent; empty where examples have no choices."""
+        return _curves([[e["step"], 100 * e["accuracy"]] for e in self.evaluations if "accuracy" in e], 1)[0]
+
     def training(self) -> list[Curve]:
         """The training loss of every step, and smoothed."""
         rows, average, weight = [], 0.0, 0.0

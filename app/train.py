@@ -9,11 +9,12 @@ from typing import Any
 import gradio as gr
 
 from app import figures, form
-from app.drafts import DraftError, pictures_every, title
+from app.drafts import Draft, DraftError, learns, pictures_every, title
 from app.estimate import Estimate, estimate, pixels_of
 from app.jobs import Standing
 from app.place import Place
 from app.plainly import plainly
+from app.reading import read
 from app.series import Series
 from zo_engine import dataset
 from zo_engine import recipe as recipes
@@ -21,7 +22,13 @@ from zo_engine.hub import MODELS
 from zo_engine.run import Run
 
 LENGTHS = [("Quick, 12 steps", 12), ("Normal, 32 steps", 32), ("Thorough, 80 steps", 80)]
-ELSEWHERE = ("images", "trigger", "model", *recipes.TEXT_FIELDS)  # not among the dials
+ELSEWHERE = (  # not among the dials
+    *("images", "trigger", "model"),
+    *("texts", "text_columns", "skip_bad", "length", "completions_only"),
+)
+OF_TEXTS = ("answer_tokens", "temperature")
+OF_PICTURES = ("resolution", "caption", "caption_dropout", "prior", "sigma_mean", "sigma_std", "shift", "preview_steps",
+               "guidance")  # fmt: skip
 DIALS = ("steps", "resolution", "prompts")
 ADVANCED = tuple(name for name in form.FIELDS if name not in ELSEWHERE + DIALS)
 SAY_WHICH_STEP = """
@@ -35,7 +42,7 @@ element.addEventListener('click', (e) => {
 ALL = "the way so far"
 LOOK_AT_THE_PICTURES = "() => document.querySelector('#at')?.scrollIntoView({behavior: 'smooth', block: 'nearest'})"
 LOOK_AT_THE_RUN = "() => setTimeout(() => document.querySelector('#card')?.scrollIntoView({behavior: 'smooth'}), 700)"
-PERIOD = 1.5  # seconds between two looks at the run's folder
+PERIOD, RESTING = 1.5, 4.0  # seconds between two looks at the run's folder, while it is live and else
 
 
 class Training:
@@ -45,7 +52,7 @@ class Training:
         self.place = place
         self.fields: dict[str, gr.components.Component] = {}  # of the form, by the recipe's names
 
-    def build(self, draft: gr.State, run: gr.State, tabs: gr.Tabs, tab: gr.Tab) -> None:
+    def build(self, draft: gr.State, known: gr.State, run: gr.State, tabs: gr.Tabs, tab: gr.Tab) -> None:
         seen, filled = gr.State({}), gr.State({})
         with gr.Accordion("What to train", open=True, elem_classes="qzo-begin") as wanted:
             with gr.Row(elem_classes="qzo-plan"):
@@ -100,11 +107,12 @@ class Training:
         self.form_order = list(self.fields)
         about = [plan, start, length, command, toml]
         view = [filled, *about, *self.fields.values()]
+        timer = gr.Timer(PERIOD)
         watched = [seen, wanted, live, chooser, card, preview, save, stop, resume, compare, why, charts, method, at,
-                   previews, log]  # fmt: skip
+                   previews, log, timer]  # fmt: skip
         asked = [run, seen, at]
         quiet = {"show_progress": "hidden", "api_visibility": "private"}
-        gr.on([draft.change, tab.select], plainly(self.show), [draft, filled], view, **quiet)
+        gr.on([draft.change, known.change, tab.select], plainly(self.show), [draft, filled], view, **quiet)
         for name, field in self.fields.items():
             change = plainly(partial(self.change, name))
             events = [field.input] if isinstance(field, gr.Dropdown | gr.Checkbox) else [field.blur, field.submit]
@@ -125,7 +133,6 @@ class Training:
         compare.click(lambda: gr.Tabs(selected="result"), None, tabs, **quiet)
         chooser.input(self.choose, chooser, run, **quiet)
         gr.on([run.change, tab.select, at.input], self.watch, asked, watched, **quiet)
-        timer = gr.Timer(PERIOD)
         timer.tick(self.watch, asked, watched, trigger_mode="once", concurrency_limit=None, **quiet)
 
     # The settings
@@ -138,9 +145,14 @@ class Training:
             return [{}, self.plan(name), gr.Button(interactive=False), None, "", "", *closed]
         settings = self.place.drafts.open(name).recipe()
         now = {n: form.shown(n, getattr(settings, n)) for n in self.form_order}
-        fields = [gr.skip() if n in filled and filled[n] == v else gr.update(value=v, interactive=True)
-                  for n, v in now.items()]  # fmt: skip
-        return [now, *self.about(name), *fields]
+        hidden = OF_PICTURES if settings.texts else OF_TEXTS
+        same = filled.get("") == hidden  # filled for a draft of this kind
+        fields = [
+            gr.skip() if same and n in filled and filled[n] == v
+            else gr.update(value=v, interactive=True, visible=n not in hidden)
+            for n, v in now.items()
+        ]  # fmt: skip
+        return [now | {"": hidden}, *self.about(name), *fields]
 
     def about(self, name: str) -> list:
         """What stands around the fields: the plan, the button, the length, and the two texts."""
@@ -161,9 +173,13 @@ class Training:
     def load(self, name: str, filled: dict, file: str) -> list:
         """The settings of a recipe, for the pictures that are here."""
         if not name:
-            raise DraftError("there are no pictures yet; bring some first, then load the recipe")
-        loaded = dataclasses.asdict(recipes.load(Path(file)))
-        self.place.drafts.open(name).change(**{k: v for k, v in loaded.items() if k != "images"})
+            raise DraftError("there are no pictures or texts yet; bring some first, then load the recipe")
+        draft, loaded = self.place.drafts.open(name), recipes.load(Path(file))
+        if bool(loaded.texts) != draft.of_texts and (loaded.texts or loaded.images):
+            theirs, ours = ("texts", "pictures") if loaded.texts else ("pictures", "texts")
+            raise DraftError(f"that recipe teaches {theirs}, and this draft has {ours}; begin another draft for it")
+        kept = ("images", "texts", "text_columns")
+        draft.change(**{k: v for k, v in dataclasses.asdict(loaded).items() if k not in kept})
         return self.show(name, filled)
 
     def texts(self, name: str) -> tuple[str, str]:
@@ -175,33 +191,54 @@ class Training:
     def obstacle(self, name: str) -> str:
         """Why a draft cannot be trained, in one sentence, or nothing."""
         if not name:
-            return "Begin with pictures: load an example, or bring your own."
+            return "Begin with pictures or texts: load an example, or bring your own."
         try:
-            settings = self.place.drafts.open(name).recipe()
-            dataset.read(settings.images, settings.trigger, settings.caption)
-            self.place.drafts.open(name).buckets()
+            self.check(self.place.drafts.open(name))
         except ValueError as error:
             return str(error)
         return ""
+
+    def check(self, draft: Draft) -> None:
+        """Raises DraftError, DataError or ModelError for what has to be mended before a run can begin."""
+        settings = draft.recipe()
+        if settings.texts:
+            if obstacle := read(self.place.jobs, draft).obstacle(settings.skip_bad):
+                raise DraftError(obstacle)
+            return
+        dataset.read(settings.images, settings.trigger, settings.caption)
+        if learns(settings.model) == "text":
+            raise DraftError(f"{settings.model} writes texts, and this draft has pictures; choose a model that draws")
+        draft.buckets()
 
     def plan(self, name: str) -> str:
         """What pressing the button will do."""
         if obstacle := self.obstacle(name):
             return figures.notes([("flat", obstacle)])
         draft = self.place.drafts.open(name)
-        settings, contents = draft.recipe(), draft.contents()
+        settings = draft.recipe()
         known = MODELS.get(settings.model)
-        resolution = settings.resolution or (known.resolution if known else "512")
-        held = dataset.held_out(len(contents.pictures), settings.holdout)
-        sizes = [picture.size for picture in contents.pictures.values()]
-        pixels = pixels_of(draft.buckets(), sizes)
-        needs = estimate(settings, pixels, self.place.jobs, self.place.machine())
+        model = ("model", known.title if known else settings.model)
+        unit = "texts" if settings.texts else "pictures"
+        if settings.texts:
+            found = read(self.place.jobs, draft)
+            work, count = found.longest, found.usable
+            held = f"{count:,}, of which {dataset.held_out(count, settings.holdout)} are kept out to measure with"
+            taught = [("texts", held if count > 0 else "they are being read"), model]
+        else:
+            contents = draft.contents()
+            resolution = settings.resolution or (known.resolution if known else "512")
+            work = pixels_of(draft.buckets(), [picture.size for picture in contents.pictures.values()])
+            held = dataset.held_out(len(contents.pictures), settings.holdout)
+            taught = [
+                ("pictures", f"{len(contents.pictures)}, of which {held} are kept out to measure with"),
+                ("trigger", settings.trigger or "none"),
+                model,
+                ("size", f"{resolution.replace(',', ', ')} pixels"),
+            ]
+        needs = estimate(settings, work, self.place.jobs, self.place.machine())
         rows = [
-            ("pictures", f"{len(contents.pictures)}, of which {held} are kept out to measure with"),
-            ("trigger", settings.trigger or "none"),
-            ("model", known.title if known else settings.model),
-            ("size", f"{resolution.replace(',', ', ')} pixels"),
-            ("length", f"{settings.steps:,} steps of {settings.batch_size} pictures"),
+            *taught,
+            ("length", f"{settings.steps:,} steps of {settings.batch_size} {unit}"),
             ("time", time_needed(needs)),
             ("memory", f"about {figures.size(needs.memory)}, {figures.size(needs.free_memory)} free"),
             ("disk", disk_needed(needs)),
@@ -215,13 +252,13 @@ class Training:
 
     def start(self, name: str) -> str:
         """Begin a new run of the draft as it stands. Raises what the form or the pictures have wrong."""
-        settings = self.place.drafts.open(name).recipe()
-        dataset.read(settings.images, settings.trigger, settings.caption)
-        return self.place.jobs.start(settings, name)
+        draft = self.place.drafts.open(name)
+        self.check(draft)
+        return self.place.jobs.start(draft.recipe(), name)
 
     def preview(self, run: str) -> None:
         self.place.jobs.ask(run, "preview")
-        gr.Info("The pictures are drawn when this step is done", duration=4)
+        gr.Info("It is done at the end of this step", duration=4)
 
     def save(self, run: str) -> None:
         self.place.jobs.ask(run, "save")
@@ -263,7 +300,9 @@ class Training:
         steps = settings.steps if settings else 0
         names = self.place.jobs.names()
         series = Series.of(folder)
-        shots = len(list(folder.previews.glob("*/*.png")))
+        unit = "texts" if settings and settings.texts else "pictures"
+        shots = len(list(folder.previews.glob("*/*.png" if unit == "pictures" else "*.json")))
+        accuracy = series.accuracy().y[-1] / 100 if series.accuracy().y else None
         steps_drawn = pictured(folder)
         choices = {ALL: None} | {f"step {step:,}": step for step in steps_drawn[1:]}
         left = at not in choices or seen.get("at", (run,))[0] != run  # the pictures were of another run
@@ -288,23 +327,32 @@ class Training:
             "at": (run, *steps_drawn),
             "previews": (run, shots, at, standing.live),
             "log": tuple(self.place.jobs.job(run).log(3)),
+            "timer": standing.live,
         }
         make = {
             # what goes on stands above; whoever opens the settings meanwhile finds them open
             "settings": lambda: gr.Accordion(open=False) if standing.live else gr.skip(),
             "live": lambda: gr.Column(visible=True),
             "chooser": lambda: gr.Dropdown([(title(n), n) for n in names], value=run, visible=len(names) > 1),
-            "card": lambda: figures.card(standing, folder, steps),
+            "card": lambda: figures.card(standing, folder, steps, unit, accuracy),
             **{name: partial(button, *marks[name]) for name in ("preview", "save", "stop", "resume", "compare")},
             "why": lambda: reason(standing),
-            "charts": lambda: figures.charts(series, steps_drawn),
+            "charts": lambda: figures.charts(series, steps_drawn, unit),
             "method": lambda: figures.method(series),
             # its value is the browser's own: a look that was asked for before a choice must not undo it
             "at": lambda: gr.Dropdown(
-                choices=list(choices), visible=len(choices) > 1, **{"value": ALL} if left else {}
+                choices=list(choices),
+                visible=len(choices) > 1,
+                **{"value": ALL} if left else {},
+                label="Pictures of" if unit == "pictures" else "Answers of",
             ),
-            "previews": lambda: figures.previews(folder, run, prompts_of(settings), choices[at], coming),
+            "previews": lambda: (
+                figures.previews(folder, run, prompts_of(settings), choices[at], coming)
+                if unit == "pictures"
+                else figures.answers(folder, choices[at])
+            ),
             "log": lambda: "\n".join(self.place.jobs.job(run).log()),
+            "timer": lambda: gr.Timer(PERIOD if standing.live else RESTING),
         }
         return self._fresh(seen, {k: f() if seen.get(k) != marks[k] else gr.skip() for k, f in make.items()}, marks)
 
@@ -314,7 +362,7 @@ class Training:
 
 PARTS = (
     "settings", "live", "chooser", "card", "preview", "save", "stop", "resume", "compare", "why", "charts", "method",
-    "at", "previews", "log",
+    "at", "previews", "log", "timer",
 )  # fmt: skip
 
 
@@ -336,8 +384,9 @@ def disk_needed(needs: Estimate) -> str:
 
 
 def pictured(run: Run) -> list[int]:
-    """The steps of a run that have pictures, the untrained model first."""
-    return sorted({int(f.parent.name) for f in run.previews.glob("*/00.png") if f.parent.name.isdigit()})
+    """The steps of a run that have pictures or answers, the untrained model first."""
+    names = {*(f.parent.name for f in run.previews.glob("*/00.png")), *(f.stem for f in run.previews.glob("*.json"))}
+    return sorted(int(name) for name in names if name.isdigit())
 
 
 def pace(steps: int) -> int | None:

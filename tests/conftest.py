@@ -27,6 +27,12 @@ def tiny_folder(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def language_folder(tmp_path_factory) -> Path:
+    """A random language model with its tokenizer on disk. Not to be written to."""
+    return tiny.save_language_model(tmp_path_factory.mktemp("language") / "model")
+
+
+@pytest.fixture(scope="session")
 def straddling_folder(tmp_path_factory) -> Path:
     """The same with layers 48 wide, where blocks of 64 weights straddle rows."""
     return tiny.save_pipeline(tmp_path_factory.mktemp("straddling") / "model", straddle=True)

@@ -23,18 +23,24 @@ from PIL import Image
 gr = pytest.importorskip("gradio", reason="the page's own extra is not installed")
 
 from app import figures, form  # noqa: E402
-from app.data import Pictures, summary  # noqa: E402
+from app.chat import Chat  # noqa: E402
+from app.data import Data  # noqa: E402
+from app.drafts import TEXTS  # noqa: E402
 from app.estimate import Estimate, estimate  # noqa: E402
 from app.guard import TRIES, Guard  # noqa: E402
 from app.history import History  # noqa: E402
 from app.jobs import JobError, Jobs, Standing  # noqa: E402
 from app.model import Models  # noqa: E402
 from app.page import serve  # noqa: E402
+from app.pictures import Pictures, summary  # noqa: E402
 from app.place import Place  # noqa: E402
 from app.plainly import plainly  # noqa: E402
+from app.reading import Reading, read  # noqa: E402
 from app.result import Result  # noqa: E402
 from app.series import POINTS, Series  # noqa: E402
-from app.train import ALL, ELSEWHERE, PARTS, Training, pictured  # noqa: E402
+from app.texts import Texts, given  # noqa: E402
+from app.train import ALL, ELSEWHERE, OF_PICTURES, OF_TEXTS, PARTS, Training, pictured  # noqa: E402
+from zo_engine import chat as chats  # noqa: E402
 from zo_engine.hub import pixel_multiple  # noqa: E402
 from zo_engine.journal import Move, Step  # noqa: E402
 from zo_engine.recipe import Recipe  # noqa: E402
@@ -205,7 +211,7 @@ def test_the_form_writes_to_where_the_caption_was_read_from(place, tmp_path):
     (folder / "a.png").write_bytes(picture())
     (folder / "a.caption").write_text("old")
     (folder / "b.png").write_bytes(picture("blue"))
-    name = Pictures(place).folder(str(folder))
+    name = Data(place).source(str(folder))
     Pictures(place).save(name, "a.png", "new")
     assert (folder / "a.caption").read_text() == "new" and not (folder / "a.txt").exists()
     assert "1 of 2 captioned" in Pictures(place).summary(name)
@@ -233,7 +239,7 @@ def test_a_zip_with_folders_repeats_and_rubbish(place, tmp_path):
         file.writestr("cards/readme.md", "no picture")
         file.writestr("__MACOSX/cards/._sun.png", b"")
         file.writestr("cards/broken.png", picture()[:40])
-    name, _ = Pictures(place).upload([str(archive)])
+    name, _ = Data(place).upload([str(archive)])
     draft = place.drafts.open(name)
     contents = draft.contents()
     assert name == "my-cards" and sorted(contents.pictures) == ["10_moon/moon.png", "evil.png", "sun.png"]
@@ -270,13 +276,117 @@ def test_all_captions_at_once(place):
     assert {p.caption.split(",")[0] for p in draft.contents().pictures.values()} == {"print"}
 
 
+# Texts
+
+
+def said(place, name: str, whole: bool = True) -> Reading:
+    """What the process of a draft's texts has said when it has ended."""
+    draft = place.drafts.open(name)
+    read(place.jobs, draft)
+    job = place.jobs.job(name, "texts")
+    while job.alive():
+        time.sleep(0.05)
+    found = read(place.jobs, draft)
+    assert not found.busy and (not whole or "lengths" in found.facts), job.log()
+    return found
+
+
+def test_the_bundled_texts_become_drafts(place):
+    for name, file in TEXTS.items():
+        draft = place.drafts.example(name)
+        assert draft.of_texts and draft.recipe().texts == str(draft.own_texts / file.name)
+        assert (draft.own_texts / file.name).read_bytes() == file.read_bytes()
+    draft.change(steps=7)
+    assert place.drafts.example(name).recipe().steps == 7  # taken up as it was left
+    assert f'data-example="{name}"' in figures.examples()
+
+
+def test_what_is_brought_is_told_apart(place, tmp_path):
+    page = Data(place)
+    words, empty, card = tmp_path / "my chats.csv", tmp_path / "empty.jsonl", tmp_path / "card.png"
+    words.write_text("question,answer\nWho?,I\n")
+    empty.write_bytes(b"")
+    card.write_bytes(picture())
+    (tmp_path / "card.txt").write_text("a card")
+    name, _ = page.upload([str(words)])
+    assert name == "my-chats" and place.drafts.open(name).recipe().texts.endswith("my-chats/texts/my chats.csv")
+    assert not place.drafts.open(page.upload([str(card), str(tmp_path / "card.txt")])[0]).of_texts
+    assert place.drafts.open(page.source(str(words))).recipe().texts == str(words)
+    assert place.drafts.open(page.source("nobody/no-such-set")).recipe().texts == "nobody/no-such-set"
+    before = place.drafts.names()
+    assert "2 files of texts and no picture" in sentence(page.upload, [str(words), str(empty)])
+    assert "is empty (0 bytes)" in sentence(page.upload, [str(empty)])
+    assert "is empty (0 bytes)" in sentence(page.source, str(empty))
+    assert place.drafts.names() == before
+
+
+def test_texts_are_read_by_a_process_and_shown_as_the_model_reads_them(place, language_folder, tmp_path):
+    file = tmp_path / "remarks.jsonl"
+    rows = [{"prompt": f"<i>{i}</i>", "completion": "{{fine}}" + "!" * (9 * (i == 5))} for i in range(6)]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"prompt": "and?"}\nnot json\n')
+    name = Data(place).source(str(file))
+    draft = place.drafts.open(name)
+    draft.change(model=str(language_folder), length=40)
+    found = said(place, name)
+    assert found.facts["form"] == "prompt" and (found.facts["rows"], found.facts["examples"], found.bad) == (8, 6, 2)
+    assert [line for line, _ in found.problems] == [7, 8]
+    assert "has no 'completion'" in found.problems[0][1] and "is not valid JSON" in found.problems[1][1]
+    assert [text for text, learnt in found.facts["shown"][0] if learnt] == ["{{fine}}<|im_end|>"]
+    lengths = found.facts["lengths"]
+    assert lengths["longest"] <= found.facts["limit"] == 40 and found.facts["cut"] == 1
+
+    page = Texts(place)
+    with gr.Blocks():
+        page.dials()
+        page.build(gr.State(""), gr.State(""))
+    shown = dict(zip(page.view, page.show(name), strict=True))
+    html = next(v for c, v in shown.items() if getattr(c, "elem_id", "") == "rendered")
+    assert "<mark>{{fine}}&lt;|im_end|&gt;</mark>" in html and "&lt;i&gt;0" in html and "<i>" not in html
+    assert "6 of 8 rows" in next(v for c, v in shown.items() if getattr(c, "elem_id", "") == "texts")
+    assert "2 rows cannot be used" in Training(place).obstacle(name)
+    assert "2 rows cannot be used" in sentence(Training(place).start, name)
+    page.change("skip_bad", name, True)
+    assert draft.recipe().skip_bad and Training(place).obstacle(name) == ""
+    assert "6, of which" in Training(place).plan(name)
+
+    again = place.jobs.job(name, "texts").record()
+    draft.change(steps=9)
+    assert read(place.jobs, draft) == found and place.jobs.job(name, "texts").record() == again  # nothing to ask anew
+    page.change("completions_only", name, False)  # another question: another process
+    assert place.jobs.job(name, "texts").record() != again
+    place.jobs.job(name, "texts").process().kill()
+
+
+def test_columns_that_fit_no_form_are_chosen_by_hand(place, tmp_path):
+    file = tmp_path / "odd.csv"
+    file.write_text("anfrage,antwort\nWer?,Ich\nWas?,Nichts\n")
+    name = Data(place).source(str(file))
+    page, draft = Texts(place), place.drafts.open(name)
+    draft.change(model=str(tmp_path / "no-model"))  # the rows are what this is about
+    found = said(place, name, whole=False)
+    assert found.facts["columns"] == ["anfrage", "antwort"] and "fit no form" in found.complaint
+    with gr.Blocks():
+        page.dials()
+        page.build(gr.State(""), gr.State(""))
+    page.form(name, "prompt")
+    assert "which fit no form; possible are prompt + completion" in said(place, name, whole=False).complaint
+    page.column(0, name, "anfrage")
+    page.column(1, name, "antwort")
+    assert given(draft) == {"form": "prompt", "prompt": "anfrage", "completion": "antwort"}
+    found = said(place, name, whole=False)
+    assert found.facts["form"] == "prompt" and found.facts["examples"] == 2 and "no model" in found.complaint
+    page.column(2, name, "")  # "choices" stays unused
+    assert "choices" not in given(draft)
+    assert "choose the form" in sentence(page.column, 9, name, "antwort")
+
+
 # Settings
 
 
 def test_the_form_covers_every_setting_with_its_own_words(place):
     training = Training(place)
     with gr.Blocks():
-        training.build(gr.State(""), gr.State(""), gr.Tabs(), gr.Tab())
+        training.build(gr.State(""), gr.State(""), gr.State(""), gr.Tabs(), gr.Tab())
     assert set(training.fields) | set(ELSEWHERE) == set(form.FIELDS)
     for name, part in training.fields.items():
         assert part.label == form.label(name)
@@ -298,22 +408,26 @@ def test_a_setting_is_saved_by_name_and_an_impossible_one_is_not(place):
 def test_a_field_that_is_as_it_was_filled_is_left_alone(place):
     draft, training = place.drafts.example("tarot"), Training(place)
     with gr.Blocks():
-        training.build(gr.State(""), gr.State(""), gr.Tabs(), gr.Tab())
+        training.build(gr.State(""), gr.State(""), gr.State(""), gr.Tabs(), gr.Tab())
+    names = list(training.fields)
     filled, *first = training.show("tarot", {})
-    assert filled["steps"] == draft.recipe().steps and gr.skip() not in first[-len(filled) :]
-    assert training.show("tarot", filled)[-len(filled) :] == [gr.skip()] * len(filled)
+    assert filled["steps"] == draft.recipe().steps and gr.skip() not in first[-len(names) :]
+    assert training.show("tarot", filled)[-len(names) :] == [gr.skip()] * len(names)
     filled, *after = training.length("tarot", filled, 80)
-    sent = {n: v for n, v in zip(filled, after[-len(filled) :], strict=True) if v != gr.skip()}
+    sent = {n: v for n, v in zip(names, after[-len(names) :], strict=True) if v != gr.skip()}
     assert {n: v["value"] for n, v in sent.items()} == {"steps": 80, "preview_every": 20}
+    other = dict(zip(names, training.show(place.drafts.example("voice").name, filled)[-len(names) :], strict=True))
+    assert {n for n, v in other.items() if not v["visible"]} == set(OF_PICTURES)  # another kind: everything is sent
+    assert all(other[n]["visible"] for n in (*OF_TEXTS, "steps", "prompts"))
 
 
 def test_bad_input_is_one_sentence(place, tmp_path):
-    page, training, result = Pictures(place), Training(place), Result(place)
+    page, training, result = Data(place), Training(place), Result(place)
     damaged = tmp_path / "cards.zip"
     damaged.write_bytes(b"PK\x03\x04 no more than this")
     letter = tmp_path / "letter.pdf"
     letter.write_bytes(b"%PDF")
-    assert "there is no folder of pictures at" in sentence(page.folder, str(tmp_path / "nowhere"))
+    assert "there is no folder of pictures at" in sentence(page.source, str(tmp_path / "nowhere"))
     assert "cards.zip is not a whole ZIP file" in sentence(page.upload, [str(damaged)])
     assert "letter.pdf is neither a picture" in sentence(page.upload, [str(letter)])
     assert place.drafts.names() == []  # nothing is left of what failed
@@ -331,8 +445,8 @@ def test_a_recipe_is_loaded_for_the_pictures_that_are_here(place, tmp_path):
     file.write_text('images = "/elsewhere"\ntrigger = "gold"\nsteps = 77\nprompts = ["a [trigger] cup"]\n')
     training = Training(place)
     with gr.Blocks():
-        training.build(gr.State(""), gr.State(""), gr.Tabs(), gr.Tab())
-    assert "there are no pictures yet" in sentence(training.load, "", {}, str(file))
+        training.build(gr.State(""), gr.State(""), gr.State(""), gr.Tabs(), gr.Tab())
+    assert "there are no pictures or texts yet" in sentence(training.load, "", {}, str(file))
     draft = place.drafts.example("woodcut")
     training.load("woodcut", {}, str(file))
     assert (draft.recipe().steps, draft.recipe().trigger) == (77, "gold")
@@ -357,11 +471,25 @@ def test_a_folder_is_checked_when_it_is_chosen(place, tiny_folder, tmp_path):
     assert "is not a diffusers pipeline" in sentence(models.other, "tarot", str(tmp_path))
     assert "there is no folder '/nowhere/at/all'" in sentence(models.other, "tarot", "/nowhere/at/all")
     assert draft.recipe().model == "tiny-sd3"
-    choice, other, cards, _, fetch, *_ = models.other("tarot", str(tiny_folder))
-    assert (choice, other, draft.recipe().model) == (None, str(tiny_folder), str(tiny_folder))
+    _, choice, other, cards, _, fetch, *_ = models.other("tarot", str(tiny_folder))
+    assert (choice.value, other, draft.recipe().model) == (None, str(tiny_folder), str(tiny_folder))
     assert "A whole Stable Diffusion 3 pipeline" in cards and fetch.visible is False
     multiple = pixel_multiple(tiny_folder)
     assert all(width % multiple == height % multiple == 0 for width, height in draft.buckets())
+
+
+def test_a_model_of_the_other_kind_is_not_offered_and_refused(place, language_folder):
+    models, pictures, words = Models(place), place.drafts.example("tarot"), place.drafts.example("voice")
+    offered = {n: [name for _, name in models.show(n)[1].choices] for n in ("tarot", "voice", "")}
+    assert "sd3.5-large" in offered["tarot"] and "qwen3-8b" in offered["voice"]
+    assert not set(offered["tarot"]) & set(offered["voice"])
+    assert sorted(offered[""]) == sorted(offered["tarot"] + offered["voice"])
+    assert "writes texts, and this draft has pictures" in sentence(models.choose, "tarot", "tiny-llm")
+    assert "writes texts, and this draft has pictures" in sentence(models.other, "tarot", str(language_folder))
+    assert "draws pictures, and this draft has texts" in sentence(models.choose, "voice", "tiny-sd3")
+    cards = models.other("voice", str(language_folder))[3]
+    assert "A whole language model (LlamaForCausalLM)" in cards and words.recipe().model == str(language_folder)
+    assert pictures.recipe().model == "tiny-sd3"
 
 
 def test_a_download_without_a_network_ends_in_a_sentence(place, monkeypatch, tmp_path):
@@ -369,7 +497,7 @@ def test_a_download_without_a_network_ends_in_a_sentence(place, monkeypatch, tmp
     monkeypatch.setenv("HF_HOME", str(tmp_path))
     place.drafts.example("tarot").change(model="nobody/no-such-model")
     models, job = Models(place), Models(place).job("nobody/no-such-model")
-    assert models.show("tarot")[4].visible
+    assert models.show("tarot")[5].visible
     models.fetch("tarot")
     while job.alive():
         time.sleep(0.05)
@@ -542,6 +670,80 @@ def test_few_long_steps_are_told_as_they_go(place):
     assert series.gains().x == [1] and series.gains().y == pytest.approx([10])
     assert series.sizes().y == [2.0, 0.0] and "Gain of a step" in figures.method(series)
     assert figures.charts(series, []).count('class="point') == 2  # every step is marked
+
+
+# Answers and conversation
+
+
+def test_answers_stand_beside_those_of_the_base(place):
+    run = Run.create(place.runs / "talk", Recipe(texts="x.jsonl"))
+    assert "before it learns anything" in figures.answers(run)
+    for step, answer in ((0, "<b>no</b>"), (4, ""), (8, "Arr!")):
+        rows = [{"prompt": "<i>Who?", "answer": answer}]
+        run.answers_file(step).parent.mkdir(exist_ok=True)
+        run.answers_file(step).write_text(json.dumps({"step": step, "answers": rows}))
+    assert pictured(run) == [0, 4, 8]
+    table = figures.answers(run)
+    assert "&lt;b&gt;no&lt;/b&gt;" in table and "&lt;i&gt;Who?" in table and "<b>no" not in table
+    assert 'data-at="step 8">Arr!' in table and "nothing" in figures.answers(run, 4)
+    evaluations = [{"step": i, "loss": 1.0, "change": 0.0, "change_error": 0.1, "accuracy": i / 2} for i in range(3)]
+    charts = figures.charts(Series([{"step": 0, "loss": 1.0}], evaluations), [], "texts")
+    assert "Accuracy" in charts and "100.0 %" in charts and "sees other texts" in charts
+    assert "held-out accuracy" in figures.card(
+        Standing("talk", "done", "", {"step": 4, "steps": 4}), run, 4, "texts", 0.5
+    )
+
+
+def test_a_conversation_is_kept_and_the_model_stays_loaded(place, language_folder, tmp_path):
+    """One real run of one step, then words to both sides, in a process that goes on."""
+    file = tmp_path / "words.jsonl"
+    file.write_text("".join(json.dumps({"prompt": f"say {i}", "completion": "yes"}) + "\n" for i in range(8)))
+    name = Data(place).source(str(file))
+    draft, talk, jobs = place.drafts.open(name), Chat(place), place.jobs
+    draft.change(model=str(language_folder), steps=1, batch_size=2, directions=4, evaluate_items=8, answer_tokens=4)
+    run = Training(place).start(name)
+    job = talk.job(run)
+    try:
+        until(lambda: jobs.look(run).state == "done", jobs.job(run))
+        seen, *parts = Training(place).watch(run, {}, ALL)
+        shown = dict(zip(PARTS, parts, strict=True))
+        assert "qzo-answers" in shown["previews"] and shown["at"].label == "Answers of"
+        assert jobs.run(run).status()["tokens"] > 0
+        areas = Result(place).show(run)[2:5]
+        assert [area.visible for area in areas] == [True, False, True]
+        assert "AutoModelForCausalLM" not in Result(place).files(run) and "open_style" in Result(place).files(run)
+        needs = estimate(draft.recipe(), jobs.run(run).status()["tokens"], jobs, {})
+        assert needs.exact and needs.seconds > 0
+
+        assert talk.send(run, "  ", 1, 42, 0, False)[0] == "" and not jobs.run(run).chat.exists()
+        talk.send(run, "<b>Hello</b>", 1.0, 42, 0, False)
+        until(lambda: not chats.waiting(jobs.run(run)), job)
+        process = job.process().pid
+        talk.send(run, "Again", 9.0, 42, 0.7, False)  # as far as the style goes
+        until(lambda: not chats.waiting(jobs.run(run)), job)
+        assert job.process().pid == process
+        first, second = chats.turns(jobs.run(run).chat / "0001")
+        assert first["prompt"] == "<b>Hello</b>" and second["strength"] == 1.5
+        html = talk.said(run)
+        assert "&lt;b&gt;Hello" in html and "<b>Hello" not in html and html.count('class="after"') == 2
+        assert html == Chat(Place(place.runs)).said(run)  # another server shows the same
+
+        other = Training(place).start(name)  # a run takes the device, at once
+        until(lambda: not job.alive() and jobs.look(other).state != "waiting", jobs.job(other))
+        talk.send(run, "And now?", 0.0, 42, 0, True)
+        assert "&lt;b&gt;Hello" not in talk.said(run) and (jobs.run(run).chat / "0002").is_dir()
+        until(lambda: not chats.waiting(jobs.run(run)), job)
+        (turn,) = chats.turns(jobs.run(run).chat / "0002")
+        assert turn["before"] == turn["after"]  # a strength of 0 is the base
+        assert History(place).rename(run, "Renamed", run, "")[-2] == "renamed"
+        assert "And now?" in talk.said("renamed")
+    finally:
+        for left in jobs.names():
+            for kind in ("train", "chat"):
+                if process := jobs.job(left, kind).process():
+                    process.kill()
+        if process := job.process():
+            process.kill()
 
 
 @pytest.mark.parametrize(

@@ -112,7 +112,10 @@ def test_what_is_here_needs_no_disk(machine):
 
 def test_every_model_of_the_hub_has_its_needs():
     online = {name for name, model in MODELS.items() if not model.repo.startswith("assets/")}
-    assert online == set(doctor.TRANSFORMERS) == set(doctor.DOWNLOADS)
+    assert online == set(doctor.TRANSFORMERS) | set(doctor.LANGUAGE) == set(doctor.DOWNLOADS)
+    weights, embeddings = doctor.LANGUAGE["mistral-7b"]  # its config: 32 blocks, 4096 wide, 14336 inside, 8 of 32 heads
+    assert weights == pytest.approx(32 * (2 * 4096**2 + 2 * 4096 * 1024 + 3 * 4096 * 14336), rel=0.01)
+    assert embeddings == pytest.approx(2 * 32768 * 4096, rel=0.01)
 
 
 def test_nothing_runs_where_four_bits_do_not_work(machine):

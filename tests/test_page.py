@@ -32,10 +32,11 @@ if CHROMIUM is None:
 PATIENCE = 180_000  # milliseconds that anything may take: a worker loads torch, and the machine may be busy
 SMALL = {"batch_size": 4, "directions": 8, "evaluate_items": 8, "preview_steps": 2, "prior": 0.0,
          "prompts": ["a [trigger] sun"]}  # fmt: skip
+BEGIN = "Begin with pictures in one style, or with texts"
 STILL = "*, *::before, *::after { transition: none !important; animation: none !important; }"
 WIDTHS = [1280, 390]
 TABS = {  # with what each shows once its figures have come
-    "Pictures": ".qzo-pictures figure",
+    "Data": ".qzo-pictures figure",
     "Model": ".qzo-models section",
     "Train": ".qzo-plan .qzo-card",
     "Result": "#slider, .qzo-empty",
@@ -79,8 +80,9 @@ def server(tmp_path_factory) -> Iterator[Server]:
     yield server
     server.kill()
     for name in server.place.jobs.names():
-        if process := server.place.jobs.job(name).process():
-            process.kill()
+        for kind in ("train", "chat"):
+            if process := server.place.jobs.job(name, kind).process():
+                process.kill()
 
 
 @pytest.fixture(scope="module")
@@ -114,7 +116,7 @@ def visit(server, browser):
         page.on("dialog", lambda dialog: (wrong.append(f"dialog: {dialog.message}"), dialog.dismiss()))
         page.on("console", lambda message: wrong.append(message.text) if message.type == "error" else None)
         page.goto(server.address + query)
-        expect(page.get_by_role("tab", name="Pictures", exact=True)).to_be_visible()
+        expect(page.get_by_role("tab", name="Data", exact=True)).to_be_visible()
         page.wrong = wrong
         return page
 
@@ -166,10 +168,10 @@ def begin(server: Server, **settings) -> str:
 def test_from_pictures_to_a_style(server, visit, width):
     """The whole journey: pictures, a caption with markup, settings, training, result, runs."""
     markup = "a [trigger] <img src=x onerror=alert(1)> of {{the}} `sun`"
-    page = visit("?tab=pictures", width)
+    page = visit("?tab=data", width)
     if server.place.drafts.names():  # folded away, once there are pictures
         expect(page.locator(".qzo-pictures figure").first).to_be_visible()
-        unfold(page, "Begin with pictures in one style")
+        unfold(page, BEGIN)
     page.locator("[data-example=woodcut]").click()
     expect(page.locator(".qzo-pictures figure")).to_have_count(20)
     server.place.drafts.open("woodcut").change(**SMALL)
@@ -181,7 +183,7 @@ def test_from_pictures_to_a_style(server, visit, width):
     expect(page.locator(".qzo-pictures textarea").first).to_have_value(markup)
     assert fits(page)
 
-    press(page, "Next: train this style")
+    press(page, "Next: train on this")
     steps = page.get_by_label("Steps", exact=True)
     steps.fill("4")  # at the first moment that it can be typed in
     steps.blur()
@@ -218,25 +220,92 @@ def test_from_pictures_to_a_style(server, visit, width):
     assert fits(page)
 
 
+@pytest.mark.parametrize(("width", "theme", "name"), [(1280, "light", "voice"), (390, "dark", "sentiment")])
+def test_from_texts_to_a_conversation(server, visit, width, theme, name):
+    """The same journey with texts: what is learnt is shown, answers change, and both sides answer what is asked."""
+    page = visit(f"?tab=data&__theme={theme}", width)
+    page.add_style_tag(content=STILL)
+    if server.place.drafts.names():
+        expect(page.locator(".qzo-begin").first).to_be_visible()
+        expect(page.locator(".qzo-pictures figure, #texts section").locator("visible=true").first).to_be_visible()
+        unfold(page, BEGIN)
+    page.locator(f"[data-example={name}]").click()
+    expect(page.locator("#texts")).to_contain_text("200 of 200 rows")
+    expect(page.locator("#rendered mark").nth(1)).to_be_visible()  # read by the tokenizer
+    found = serious(page, "Data")
+
+    few = {"steps": 2, "batch_size": 4, "directions": 8, "evaluate_items": 8, "answer_tokens": 8}
+    server.place.drafts.open(name).change(**few)
+    press(page, "Next: train on this")
+    expect(page.get_by_text("2 steps of 4 texts")).to_be_visible()
+    expect(page.get_by_label("Resolution", exact=True)).to_be_hidden()
+    run = new_name(server.place.runs, name).name
+    press(page, "Train")
+    expect(page.locator("#card section")).to_have_attribute("aria-label", f"Run {run}")
+    expect(page.locator(".qzo-answers tbody tr").first).to_be_visible()
+    pill(page, "done")
+    expect(page.locator(".qzo-answers")).to_contain_text("before")
+    expect(page.locator('.qzo-answers td[data-at="step 2"]').first).to_be_visible()
+    page.locator("#charts [data-left]").first.wait_for()
+    assert (page.get_by_role("heading", name="Accuracy").count() == 1) == (name == "sentiment")
+    found += serious(page, "Train")
+
+    press(page, "Compare")
+    words = page.locator("#say textarea")
+    for number, asked in enumerate(("Where is the moon?", "And <b>why</b>?"), 1):
+        words.fill(asked)
+        words.press("Enter")
+        expect(page.locator(".qzo-chat .after p:not(.busy)")).to_have_count(number)
+    expect(page.locator(".qzo-chat .you").nth(1)).to_have_text("And <b>why</b>?")
+    page.reload()
+    tab(page, "Result")
+    expect(page.locator(".qzo-chat .after")).to_have_count(2)
+    page.add_style_tag(content=STILL)
+    found += serious(page, "Result")
+    assert not found, "\n".join(found)
+
+
+def serious(page, where: str) -> list[str]:
+    """What axe finds serious on a page that also has to fit: names, roles, contrast, order."""
+    axe = pytest.importorskip("axe_playwright_python.sync_playwright", reason="axe-playwright-python is not installed")
+    assert fits(page), where
+    bad = [v for v in axe.Axe().run(page).response["violations"] if v["impact"] in ("serious", "critical")]
+    shown = lambda v: [f"{n['target']} {n['html'][:120]}" for n in v["nodes"][:3]]  # noqa: E731
+    return [f"{where}: {v['id']}: {shown(v)}" for v in bad]
+
+
+def test_a_tab_that_is_chosen_while_the_page_loads_stays(server, visit):
+    """The server's answer to the page's first question, where to begin, comes later than the click."""
+    server.place.drafts.example("tarot")
+    page, held = visit("?tab=data"), []
+    page.route("**/queue/join*", lambda route: held.append(route))
+    page.reload()
+    tab(page, "Model")
+    chosen = page.get_by_role("tab", name="Model", exact=True)
+    expect(chosen).to_have_attribute("aria-selected", "true")
+    assert held
+    while held:
+        held.pop().continue_()
+    page.unroute("**/queue/join*")
+    expect(page.get_by_text("Your draft is of pictures")).to_be_visible()  # the answer has come
+    page.evaluate("new Promise((done) => setTimeout(done, 500))")
+    expect(chosen).to_have_attribute("aria-selected", "true")
+
+
 @pytest.mark.parametrize("width", WIDTHS)
 def test_every_tab_can_be_read_by_everybody(server, visit, width):
     """axe finds nothing serious: names, roles, contrast, order."""
-    axe = pytest.importorskip("axe_playwright_python.sync_playwright", reason="axe-playwright-python is not installed")
     server.place.drafts.example("tarot")
-    page, found = visit("?tab=pictures", width), []
+    page, found = visit("?tab=data", width), []
     for theme in ("light", "dark"):
-        page.goto(f"{server.address}?tab=pictures&__theme={theme}")
+        page.goto(f"{server.address}?tab=data&__theme={theme}")
         page.add_style_tag(content=STILL)  # half-way through a fade, no contrast is what it will be
         expect(page.locator(".qzo-pictures figure").first).to_be_visible()
         for name, shown in TABS.items():
             tab(page, name)
             expect(page.get_by_role("tab", name=name, exact=True)).to_have_attribute("aria-selected", "true")
             page.locator(shown).locator("visible=true").first.wait_for()
-            assert fits(page), name
-            for violation in axe.Axe().run(page).response["violations"]:
-                if violation["impact"] in ("serious", "critical"):
-                    nodes = [f"{n['target']} {n['html'][:120]}" for n in violation["nodes"][:3]]
-                    found.append(f"{name}, {theme}: {violation['id']}: {nodes}")
+            found += serious(page, f"{name}, {theme}")
     assert not found, "\n".join(found)
 
 
@@ -297,8 +366,8 @@ def test_a_run_goes_on_whatever_happens_to_the_page(server, visit):
 
 def test_what_is_brought_is_taken_or_refused_in_a_sentence(visit, tmp_path):
     """A damaged ZIP, then one of 150 pictures."""
-    page = visit("?tab=pictures", 390)
-    begin = page.get_by_role("button", name="Begin with pictures in one style")
+    page = visit("?tab=data", 390)
+    begin = page.get_by_role("button", name=BEGIN)
     upload = page.locator("input[type=file]").first
     if not upload.count():
         begin.click()

@@ -171,6 +171,9 @@ def test_an_exported_folder_loads_in_stock_transformers_with_equal_logits(studio
         assert not torch.equal(styled.model(**given).logits, ours)
     text = (folder / "README.md").read_text()
     assert "trained on 12 texts" in text and "pipeline_tag: text-generation" in text
+    assert "| prompt | before | after |" in text and json.loads(finished.answers_file(0).read_text())["answers"][0][
+        "prompt"
+    ] in text  # fmt: skip
     exec(card.language_snippet(folder, card.read(finished.style_file)), {})  # what it tells people to do works  # noqa: S102
     exec(card.style_snippet(finished.style_file, card.read(finished.style_file)), {})  # noqa: S102
     assert AutoTokenizer.from_pretrained(folder).chat_template == tiny.CHATML

@@ -86,6 +86,19 @@ def test_columns_can_be_given(tmp_path):
         read(file, {"prmpt": "q"})
 
 
+def test_the_form_can_be_given(tmp_path):
+    file = json_lines(tmp_path / "a.jsonl", {"text": "Hello", "label": "good"}, {"text": "Bye", "note": 1})
+    assert texts.columns(file) == ["text", "label", "note"]
+    assert recognise([{"text": "", "label": ""}], {}).form == "label"
+    found = read(file, {"form": "text"})
+    assert found.mapping == texts.Mapping("text", {"text": "text"})
+    assert [example.text for example in found.examples] == ["Hello", "Bye"]
+    with pytest.raises(DataError, match="which fit no form; possible are prompt \\+ completion"):
+        scan(file, {"form": "prompt"})
+    with pytest.raises(DataError, match="there is no form 'tale'; possible are messages, "):
+        scan(file, {"form": "tale"})
+
+
 def test_columns_that_fit_no_form_are_named():
     with pytest.raises(DataError, match="has the columns 'a', 'b', which fit no form; possible are messages; "):
         recognise([{"a": 1}, {"b": 2}], {})

@@ -444,6 +444,76 @@ def verify(runs_dir: Path, source: Path, model: str, device: str, rows: int, as_
 
 
 @cli.command()
+@click.argument("recipe", type=click.Path(path_type=Path))
+@json_option
+def texts(recipe: Path, as_json: bool) -> None:
+    """Say how the texts of RECIPE are understood, and how its model will read them; bad rows by line."""
+    from zo_engine.inspection import InspectionError, read_texts
+
+    loaded = recipes.load(recipe)
+    if not loaded.texts:
+        raise InspectionError(f"{recipe} teaches pictures, not texts: it has no `texts`")
+    for facts in read_texts(loaded):
+        if as_json:
+            click.echo(json.dumps(facts))
+            continue
+        for key, value in facts.items():
+            if key == "problems":
+                for line, reason in value:
+                    click.echo(f"  line {line} {reason}")
+            elif key == "shown":
+                for runs in value:
+                    click.echo("\n" + "".join(click.style(t, bold=learnt, dim=not learnt) for t, learnt in runs))
+            elif value not in ({}, []):
+                click.echo(f"{key:10} {value if not isinstance(value, list) else '; '.join(map(str, value))}")
+
+
+@cli.command()
+@click.argument("run", type=click.Path(path_type=Path))
+@strength_option
+@seed_option
+@click.option("--temperature", type=click.FloatRange(0, 10), default=0.0, show_default=True, help="0: the likeliest.")
+@click.option("--files", is_flag=True, help="Answer what is put into RUN/chat as files, until nothing is asked.")
+@model_option
+@device_option
+@click.pass_obj
+def chat(
+    runs_dir: Path,
+    run: Path,
+    strength: float,
+    seed: int | None,
+    temperature: float,
+    files: bool,
+    model: str,
+    device: str,
+) -> None:
+    """Talk with base and style side by side. RUN is a run folder of a language model; an empty line ends it."""
+    from zo_engine import chat as chats
+    from zo_engine.apply import open_style
+    from zo_engine.style import StyleError
+
+    quiet()
+    source = Run.open(run)
+
+    def load():
+        styled = open_style(source.path, runs_dir / ".cache", model, device)
+        if not answering(styled):
+            raise StyleError(f"{run} is a style of pictures; talk needs one of texts, and pictures have `qzo compare`")
+        return styled
+
+    if files:
+        chats.serve(source, load)
+        return
+    styled, said = load(), []
+    while prompt := click.prompt("you   ", default="", show_default=False, prompt_suffix=" ").strip():
+        asked = {"prompt": prompt, "strength": strength, "seed": seed, "temperature": temperature}
+        for side, text in chats.answer(styled, said, asked):
+            asked[side] = text
+            click.echo(f"{side:6} {text}")
+        said.append(asked)
+
+
+@cli.command()
 @click.argument("model")
 @json_option
 def download(model: str, as_json: bool) -> None:

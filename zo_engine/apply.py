@@ -3,7 +3,7 @@
 import json
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +19,7 @@ from zo_engine.scales import find_scales, formats_of, prove_live
 from zo_engine.style import Style, StyleError, checked_strength, load_style, make_space, theta_of
 from zo_engine.tasks.diffusion import sample
 from zo_engine.texts import Message
-from zo_engine.train import Prompt, context, pick_device, pick_dtype, reply, streaming
+from zo_engine.train import Prompt, pick_device, pick_dtype, reply, streaming
 
 
 @dataclass
@@ -87,17 +87,25 @@ class StyledLanguageModel(Styled):
         """The preview prompts of the run that the style comes from."""
         return [tuple(Message(**m) for m in prompt) for prompt in json.loads(self.style.facts["prompts"])]
 
-    def answers(self, prompts: list[Prompt], strength: float, seed: int | None = None) -> list[str]:
+    @property
+    def plain(self) -> bool:
+        """Whether prompts are beginnings of a text, to be gone on with."""
+        return self.style.facts.get("plain") == "1"
+
+    def answers(
+        self, prompts: list[Prompt], strength: float, seed: int | None = None, temperature: float | None = None
+    ) -> list[str]:
         """One answer a prompt at a strength (0 is the base), as the style's recipe asks for them."""
-        plain = self.style.facts.get("plain") == "1"
+        recipe = self.style.recipe
+        recipe = recipe if temperature is None else replace(recipe, temperature=temperature)
         with self.at(strength):
-            return reply(self.model, self.tokenizer, prompts, plain, self.style.recipe, seed)
+            return reply(self.model, self.tokenizer, prompts, self.plain, recipe, seed)
 
     def export(self, out: Path, strength: float = 1.0) -> Path:
         """A complete folder with the style in its scales and a model card; plain transformers loads it."""
         with self.at(strength):
             models.export_language_model(self.folder, self.model, out)
-        card.write(out, card.read(style_file(self.source)), strength, [])
+        card.write(out, card.read(style_file(self.source)), strength, [], said(self.source, self.style))
         return out
 
     def export_adapter(self, out: Path, strength: float = 1.0) -> Path:
@@ -127,7 +135,7 @@ def score(
     if limit and limit < len(found):
         order = np.random.Generator(np.random.Philox(key=seed)).permutation(len(found))[:limit]
         found = [found[i] for i in sorted(order)]
-    length = context(folder, 2048)
+    length = limit(folder, 2048)
     say(f"{len(found)} questions")
     if style:
         styled = open_style(style, cache_folder, model, device)
@@ -146,6 +154,19 @@ def samples(source: Path, style: Style) -> list[Path]:
     folders = [f for f in Run(source).previews.glob("*/") if f.name.isdigit()]
     nearest = min(folders, key=lambda f: abs(int(f.name) - step), default=None)
     return sorted(nearest.glob("*.png")) if nearest else []
+
+
+def said(source: Path, style: Style) -> list[tuple[str, str, str]]:
+    """(prompt, answer of the base, answer nearest to the step that the style is of); none for a style file alone."""
+    if not source.is_dir():
+        return []
+    step = int(style.facts.get("step", 0))
+    files = {int(f.stem): f for f in Run(source).previews.glob("*.json") if f.stem.isdigit()}
+    if 0 not in files:
+        return []
+    nearest = min(files, key=lambda at: abs(at - step))
+    before, after = (json.loads(files[at].read_text(encoding="utf-8"))["answers"] for at in (0, nearest))
+    return [(b["prompt"], b["answer"], a["answer"]) for b, a in zip(before, after, strict=True)]
 
 
 def style_file(source: Path) -> Path:

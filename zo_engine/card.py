@@ -124,19 +124,28 @@ print(tokenizer.decode(found[0, given["input_ids"].shape[1] :], skip_special_tok
 """
 
 
-def write(folder: Path, known: Known, strength: float, samples: list[Path]) -> None:
-    """Put the model card, README.md, and its sample pictures into an exported folder."""
+def write(
+    folder: Path, known: Known, strength: float, samples: list[Path], answers: list[tuple[str, str, str]] = ()
+) -> None:
+    """Put the model card, README.md, and its sample pictures into an exported folder; `answers` are (prompt, before,
+    after)."""
     shown = []
     for picture in samples[:SAMPLES]:
         (folder / "images").mkdir(exist_ok=True)
         shutil.copyfile(picture, folder / "images" / picture.name)
         with Image.open(picture) as image:
             shown.append((f"images/{picture.name}", str(image.info.get("prompt", ""))))
-    write_atomic(folder / "README.md", text(folder, known, strength, shown))
+    write_atomic(folder / "README.md", text(folder, known, strength, shown, answers))
 
 
-def text(folder: Path, known: Known, strength: float, samples: list[tuple[str, str]]) -> str:
-    """The model card; `samples` are (file, prompt)."""
+def text(
+    folder: Path,
+    known: Known,
+    strength: float,
+    samples: list[tuple[str, str]],
+    answers: list[tuple[str, str, str]] = (),
+) -> str:
+    """The model card; `samples` are (file, prompt), `answers` are (prompt, before, after)."""
     name, trigger = folder.name, known.facts.get("trigger", "")
     model = known.base.get("model", "")
     if Path(model).is_absolute():
@@ -154,9 +163,12 @@ def text(folder: Path, known: Known, strength: float, samples: list[tuple[str, s
         widget=[{"text": prompt, "output": {"url": file}} for file, prompt in samples] or None,
         **_licence(repo, known.licence),
     )
-    quote = lambda words: words.replace("<", "&lt;").replace("|", "\\|")  # noqa: E731 (a prompt is no markup)
+    quote = lambda words: " ".join(words.split()).replace("<", "&lt;").replace("|", "\\|")  # noqa: E731 (no markup)
     pictures = "\n".join(f"| ![]({file}) | {quote(prompt)} |" for file, prompt in samples)
     pictures = f"\n| picture | prompt |\n|---|---|\n{pictures}\n" if samples else ""
+    if answers:
+        rows = "\n".join("| " + " | ".join(quote(words) for words in row) + " |" for row in answers[:SAMPLES])
+        pictures = f"\n| prompt | before | after |\n|---|---|---|\n{rows}\n"
     trained = known.facts.get("step", "0")
     unit = "texts" if known.answers else "pictures"
     moved = "quantisation scales of the model" if known.recipe["quantization"] != "none" else "weights of its layers"

@@ -20,7 +20,17 @@ PACKAGES = (
 # 0.70, CLIP-L 0.12 billion weights) come first, in the compute precision, and go before the transformer.
 TEXT_WEIGHTS = 5.58e9
 TRANSFORMERS = {"sd3.5-medium": 1.3 * GB, "sd3.5-large": 4.73 * GB, "sd3.5-large-nf4": 4.73 * GB}  # in NF4
-DOWNLOADS = {"sd3.5-medium": 16 * GB, "sd3.5-large": 28 * GB, "sd3.5-large-nf4": 12 * GB}
+DOWNLOADS = {
+    "sd3.5-medium": 16 * GB, "sd3.5-large": 28 * GB, "sd3.5-large-nf4": 12 * GB, "qwen3-0.6b": 1.5 * GB,
+    "qwen3-1.7b": 4.1 * GB, "qwen3-4b": 8.1 * GB, "qwen3-8b": 16.4 * GB, "mistral-7b": 14.5 * GB,
+    "llama-3.1-8b": 16.1 * GB,
+}  # fmt: skip
+# Of language models: weights in the blocks' linear layers, which are quantised, and in embeddings, which are not.
+LANGUAGE = {
+    "qwen3-0.6b": (0.44e9, 0.16e9), "qwen3-1.7b": (1.41e9, 0.31e9), "qwen3-4b": (3.63e9, 0.39e9),
+    "qwen3-8b": (6.95e9, 1.24e9), "mistral-7b": (6.98e9, 0.27e9), "llama-3.1-8b": (6.98e9, 1.05e9),
+}  # fmt: skip
+NF4 = 0.5625  # bytes a weight: four bits, and a scale of four bytes for every 64
 # For activations and torch itself. An estimate: they grow with the size of the pictures and of the batch.
 ROOM = 2 * GB
 
@@ -159,9 +169,14 @@ def need(model: str, on_gpu: bool) -> float:
 
     if model in TRANSFORMERS:
         return max(TRANSFORMERS[model], TEXT_WEIGHTS * (2 if on_gpu else 4)) + ROOM
+    if model in LANGUAGE:
+        linear, others = LANGUAGE[model]
+        return NF4 * linear + others * (2 if on_gpu else 4) + ROOM
     folder = find(model)
     if folder is None:
         return ROOM
+    if not (folder / "model_index.json").exists():  # a language model, most likely
+        return sum(f.stat().st_size for f in folder.glob("*.safetensors")) + ROOM
     size = lambda part: sum(f.stat().st_size for f in folder.glob(f"{part}/*.safetensors"))  # noqa: E731
     return max(size("transformer"), size("text_encoder*") * (1 if on_gpu else 2)) + ROOM  # files: two bytes a weight
 
@@ -174,7 +189,7 @@ def _can_run(name: str, facts: dict[str, Any]) -> dict[str, Any]:
     if not devices:
         return answer(None, "4-bit weights work on no device here")
     here, free = facts["hub"]["models"][name], facts["disk"]["models"]["free"]
-    if name not in TRANSFORMERS:
+    if name not in DOWNLOADS:
         return answer("cpu", "on any machine") if here else answer(None, "its files are missing")
     if not here and free < DOWNLOADS[name]:
         return answer(None, f"the download needs {_gb(DOWNLOADS[name])} of disk, {_gb(free)} are free")

@@ -21,6 +21,7 @@ from huggingface_hub.errors import (
     LocalEntryNotFoundError,
     OfflineModeIsEnabled,
     RepositoryNotFoundError,
+    StrictDataclassError,
 )
 from safetensors import SafetensorError, safe_open
 
@@ -34,6 +35,15 @@ WEIGHTS = re.compile(r"(diffusion_pytorch_)?model(-\d{5}-of-\d{5})?\.safetensors
 PICKLES = ("*.bin", "*.ckpt", "*.pt", "*.pth", "*.pkl")
 
 
+# What diffusers and transformers raise for a class that they do not know, or for settings that make no model.
+IMPOSSIBLE = (ValueError, TypeError, KeyError, AttributeError, ArithmeticError, RuntimeError, StrictDataclassError)
+
+
+def first_line(error: Exception) -> str:
+    """What an error of another library says, short enough for a sentence."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+
+
 class ModelError(ValueError):
     """A model that cannot be found or loaded, in one sentence for the person who asked for it."""
 
@@ -44,9 +54,9 @@ class KnownModel:
     repo: str  # hub repository, or a folder relative to the checkout
     title: str
     licence: str
-    resolution: str  # buckets to train at, in the recipe's notation
+    resolution: str  # buckets to train at, in the recipe's notation; of a language model none
     notes: str
-    task: str = "image"
+    task: str = "image"  # or "text"
 
 
 _STABILITY = "Stability AI Community License (free below 1 M USD of yearly revenue)"
@@ -83,7 +93,33 @@ _KNOWN = (
         resolution="512",
         notes="8.1 billion weights, 4.7 GB in NF4; downloads about 12 GB",
     ),
-)
+    KnownModel(
+        name="tiny-llm",
+        repo="assets/models/tiny-llm",
+        title="Tiny LLM (embedded)",
+        licence="Apache-2.0",
+        resolution="",
+        notes="the classes of Llama at 2.6 million parameters, trained by this project; for a CPU",
+        task="text",
+    ),
+    *(
+        KnownModel(name, repo, title, licence, "", f"{weights}; downloads about {fetched}", "text")
+        for name, repo, title, licence, weights, fetched in (
+            ("qwen3-0.6b", "Qwen/Qwen3-0.6B", "Qwen3 0.6B", "Apache-2.0",
+             "0.6 billion weights, 0.6 GB in NF4", "1.5 GB"),
+            ("qwen3-1.7b", "Qwen/Qwen3-1.7B", "Qwen3 1.7B", "Apache-2.0",
+             "1.7 billion weights, 1.4 GB in NF4", "4.1 GB"),
+            ("qwen3-4b", "Qwen/Qwen3-4B", "Qwen3 4B", "Apache-2.0",
+             "4.0 billion weights, 2.8 GB in NF4", "8.1 GB"),
+            ("qwen3-8b", "Qwen/Qwen3-8B", "Qwen3 8B", "Apache-2.0",
+             "8.2 billion weights, 6.4 GB in NF4", "16.4 GB"),
+            ("mistral-7b", "mistralai/Mistral-7B-Instruct-v0.3", "Mistral 7B Instruct", "Apache-2.0",
+             "7.2 billion weights, 4.5 GB in NF4", "14.5 GB"),
+            ("llama-3.1-8b", "meta-llama/Llama-3.1-8B-Instruct", "Llama 3.1 8B Instruct", "Llama 3.1 Community License",
+             "8.0 billion weights, 6.0 GB in NF4", "16.1 GB"),
+        )
+    ),
+)  # fmt: skip
 MODELS = {model.name: model for model in _KNOWN}
 SD3_MULTIPLE = 16  # of every SD3: the autoencoder halves three times, its patches once more
 

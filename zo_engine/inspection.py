@@ -1,9 +1,12 @@
 """What a file or folder is: a run, a style, a recipe or a model, as facts for people and scripts."""
 
+from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from zo_engine import recipe as recipes
+from zo_engine import texts
 from zo_engine.hub import ModelError, check, is_language, read_json
 from zo_engine.run import Run
 
@@ -29,6 +32,51 @@ def inspect(source: Path) -> dict[str, Any]:
         f"{source} is none of: a run folder (recipe.toml and run.json), a style (.safetensors), a recipe (.toml), "
         "a model folder of diffusers (model_index.json) or of a language model (config.json)"
     )
+
+
+BAD, EXAMPLES = 200, 8  # rows that are listed at most
+
+
+def read_texts(recipe: recipes.Recipe) -> Iterator[dict[str, Any]]:
+    """What a recipe's texts are, and how its model will read them; the facts that are quick to have come first.
+
+    {"columns"}, then {"form", "mapping", "rows", "examples", "choices", "bad", "problems"}, then {"limit", "lengths",
+    "cut", "notes", "bad", "problems", "shown"}: `problems` are [line, reason], `shown` some examples as [text, whether
+    it is learnt]. Raises DataError where the texts cannot be used at all, ModelError where there is no tokenizer.
+    """
+    yield {"columns": texts.columns(recipe.texts)}
+    found = texts.scan(recipe.texts, dict(entry.split("=", 1) for entry in recipe.text_columns))
+    listed = lambda problems: [[p.line, p.message] for p in problems[:BAD]]  # noqa: E731
+    yield {
+        "form": found.mapping.form,
+        "mapping": found.mapping.columns,
+        "rows": len(found.examples) + len(found.problems),
+        "examples": len(found.examples),
+        "choices": sum(bool(example.choices) for example in found.examples),
+        "bad": len(found.problems),
+        "problems": listed(found.problems),
+    }
+    if not found.examples:
+        raise texts.DataError(f"no row of {recipe.texts} can be used: line {found.problems[0].line} "
+                              f"{found.problems[0].message}")  # fmt: skip
+
+    from zo_engine import tokens
+    from zo_engine.hub import locate
+
+    folder = locate(recipe.model, download=False)
+    if not is_language(folder):
+        raise InspectionError(f"{recipe.model} draws pictures and learns no texts; choose a language model")
+    tokenizer, limit = tokens.load_tokenizer(folder), tokens.limit(folder, recipe.length)
+    read = tokens.render(tokenizer, found.examples, limit, recipe.completions_only, skip=True)
+    yield {
+        "limit": limit,
+        "lengths": asdict(tokens.lengths(read.examples)),
+        "cut": sum(bool(example.cut) for example in read.examples),
+        "notes": read.notes,
+        "bad": len(read.problems),
+        "problems": listed(read.problems),
+        "shown": [tokens.shown(tokenizer, example) for example in read.examples[:EXAMPLES]],
+    }
 
 
 def inspect_style(source: Path) -> dict[str, Any]:

@@ -21,25 +21,24 @@ import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
 from torch import nn
 from transformers import (
-    AutoTokenizer,
     BitsAndBytesConfig,
     CLIPTextModelWithProjection,
     CLIPTokenizer,
     PreTrainedModel,
-    PreTrainedTokenizerBase,
     T5EncoderModel,
     T5TokenizerFast,
 )
 
 from zo_engine.cache import model_key
 from zo_engine.hub import (
+    IMPOSSIBLE,
     LANGUAGE_FILES,
     MODELS,
     PARTS,
-    TOKENIZERS,
     WEIGHTS,
     KnownModel,
     ModelError,
+    first_line,
     locate,
     pixel_multiple,
     read_json,
@@ -50,15 +49,14 @@ from zo_engine.hub import (
 from zo_engine.offload import Mover, block_names
 from zo_engine.packed import PackedLinear, saved_scales, write_scales
 from zo_engine.quantize import (
-    IMPOSSIBLE,
     READ,
     code_hash,
-    first_line,
     load_quantized,
     quantization_of,
     quantized_layers,
     store_quantized,
 )
+from zo_engine.tokens import load_tokenizer
 
 __all__ = [
     "MODELS",
@@ -138,15 +136,6 @@ def _placed(part: Path, placement: Placement, **how) -> nn.Module:
     away = block_names(model)[: placement.away]
     model.mover = Mover(model, away, how["device"], placement.slots, from_disk=placement.store is not None)
     return model
-
-
-def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer of a language model's folder. Raises ModelError where there is none that transformers can read."""
-    folder = Path(folder)
-    if not any((folder / name).exists() for name in TOKENIZERS):
-        raise ModelError(f"{folder} has no tokenizer (tokenizer.json or tokenizer.model); download the model again")
-    with _whole(folder):
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
 
 
 def encoders_for(folder: Path, device: torch.device, dtype: torch.dtype) -> tuple[str, Callable]:

@@ -37,14 +37,13 @@ from accelerate import init_empty_weights
 from accelerate.utils import set_module_tensor_to_device
 from bitsandbytes.functional import QuantState, dequantize_blockwise, int8_vectorwise_quant, quantize_4bit
 from bitsandbytes.nn import Int8Params, Linear4bit, Linear8bitLt, Params4bit
-from huggingface_hub.errors import StrictDataclassError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers.quantizers.base import get_keys_to_not_convert
 from transformers.quantizers.quantizers_utils import should_convert_module
 
 from zo_engine import packed
-from zo_engine.hub import ModelError, check_index, find_weights, open_shard, read_json, some
+from zo_engine.hub import IMPOSSIBLE, ModelError, check_index, find_weights, first_line, open_shard, read_json, some
 from zo_engine.offload import block_names
 
 MADE = ("nf4", "fp4", "int8", "none")  # what a plain model can be loaded as
@@ -57,8 +56,6 @@ BLOCK = 64  # weights per NF4/FP4 scale: what bitsandbytes, diffusers and transf
 
 # What older versions of transformers saved, and now compute
 IGNORED = (r"rotary_emb\.inv_freq$", r"\.masked_bias$", r"\.attn\.bias$")
-# What diffusers and transformers raise for a class that they do not know, or for settings that make no model.
-IMPOSSIBLE = (ValueError, TypeError, KeyError, AttributeError, ArithmeticError, RuntimeError, StrictDataclassError)
 
 # In fp32, int8 layers would say at every forward that they cast to fp16.
 logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
@@ -285,11 +282,6 @@ def _language_model(folder: Path, dtype: torch.dtype) -> transformers.PreTrained
             f"{first_line(error)}"
         ) from error
     return model
-
-
-def first_line(error: Exception) -> str:
-    """What an error of another library says, short enough for a sentence."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
 
 
 def _own_tensors(model: nn.Module) -> dict[str, Tensor]:

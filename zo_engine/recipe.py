@@ -48,7 +48,7 @@ class Recipe:
     images: str = setting("", "folder of pictures, captions beside them as .txt")
     texts: str = setting("", "instead of pictures: a .jsonl, .json, .csv, .tsv, .parquet or .txt file, or a data set "
                          "of the hub, org/name or org/name:split")  # fmt: skip
-    text_columns: tuple[str, ...] = setting((), "columns of the texts, as field=column; empty: recognised")
+    text_columns: tuple[str, ...] = setting((), "columns of the texts as field=column, or form=name; empty: recognised")
     skip_bad: bool = setting(False, "leave out rows of texts that cannot be used, instead of stopping")
     trigger: str = setting("", "the word that calls the style, put where captions say [trigger]")
     caption: str = setting("", "caption of pictures that have none")
@@ -85,9 +85,7 @@ class Recipe:
     decay: float = setting(0.2, "last share of the run over which the step size falls to zero", low=0.0, high=1.0)
     # The loss
     caption_dropout: float = setting(0.0, "share of pictures shown without caption", low=0.0, high=1.0)
-    prior: float = setting(
-        0.125, "share of a batch that keeps what the base draws without trigger", low=0, high=0.9
-    )
+    prior: float = setting(0.125, "share of a batch that keeps what the base draws without trigger", low=0, high=0.9)
     holdout: float = setting(0.15, "share of pictures kept out of training, for the held-out loss", low=0.0, high=0.5)
     sigma_mean: float = setting(0.0, "mean of the logit-normal noise level", low=-5, high=5)
     sigma_std: float = setting(1.0, "spread of the logit-normal noise level", low=0.05, high=5)

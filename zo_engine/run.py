@@ -12,6 +12,7 @@ runs/<name>/
   previews/          000100.png, one grid each, and 000100/ with its single pictures; of a language model 000100.json
   checkpoints/       last.safetensors, best.safetensors
   plots/             loss.png
+  chat/              what was asked of base and style, and their answers: <talk>/<turn>.json
   style.safetensors  the result; style-journal.safetensors, the same as a journal
 """
 
@@ -98,6 +99,7 @@ class Run:
         self.best_file = self.path / "checkpoints" / "best.safetensors"
         self.plot_file = self.path / "plots" / "loss.png"
         self.previews = self.path / "previews"
+        self.chat = self.path / "chat"
         self.heartbeat_file = self.path / "heartbeat"
 
     @classmethod

@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
+from zo_engine.hub import first_line
 from zo_engine.run import write_atomic
 
 DIGEST = "sha256"  # the metadata's key
@@ -53,7 +54,7 @@ def read(path: Path, unsealed: bool = False) -> tuple[dict[str, Tensor], dict[st
         tensors = load(data)
         metadata = json.loads(data[8 : 8 + length]).get("__metadata__") or {}
     except (SafetensorError, KeyError, ValueError, RecursionError, AttributeError) as error:
-        raise DamageError(f"is not a readable safetensors file ({_first_line(error)})") from None
+        raise DamageError(f"is not a readable safetensors file ({first_line(error)})") from None
     if DIGEST not in metadata and not unsealed:
         raise DamageError("has no checksum")
     if DIGEST in metadata and metadata[DIGEST] != digest(tensors, metadata):
@@ -69,7 +70,3 @@ def digest(tensors: dict[str, Tensor], metadata: dict[str, str]) -> str:
         found.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
         found.update(tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes() if tensor.numel() else b"")
     return found.hexdigest()
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0][:200]

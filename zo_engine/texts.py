@@ -124,6 +124,14 @@ class Contents:
     mapping: Mapping
 
 
+def columns(source: Path | str) -> list[str]:
+    """The columns that a source has, by its first rows. Raises DataError where it cannot be read, or is empty."""
+    rows = list(islice(_open(str(source)).rows, PEEK))
+    if not rows:
+        raise DataError(f"{source} is empty: there is no row in it")
+    return list(dict.fromkeys(str(name) for _, row in rows if isinstance(row, dict) for name in row))
+
+
 @dataclass
 class _Rows:
     """Rows of a source with their line numbers; those that cannot even be parsed come as a DataError.
@@ -193,13 +201,20 @@ def hub_rows(
 
 
 def recognise(rows: list[dict[str, Any]], given: dict[str, str], source: str = "the data") -> Mapping:
-    """The form of some rows; `given` maps fields to columns and wins over recognition.
+    """The form of some rows; `given` maps fields to columns and wins over recognition; its "form" names the form.
 
     Raises DataError, naming the columns that there are and the forms that are possible.
     """
     columns = list(dict.fromkeys(str(name) for row in rows for name in row))
     shown = ", ".join(map(repr, columns[:12])) or "none"
     possible = "; ".join(_described(form) for form in FORMS)
+    forms, wanted = FORMS, given.get("form")
+    if wanted:
+        given = {name: column for name, column in given.items() if name != "form"}
+        forms = tuple(form for form in FORMS if form.name == wanted)
+        if not forms:
+            raise DataError(f"there is no form {wanted!r}; possible are {', '.join(form.name for form in FORMS)}")
+        possible = _described(*forms)
     for name, column in given.items():
         if not any(name in form.fields for form in FORMS):
             raise DataError(f"{name!r} is not a field of any form; possible are {possible}")
@@ -208,7 +223,7 @@ def recognise(rows: list[dict[str, Any]], given: dict[str, str], source: str = "
             hint = f"; did you mean {near[0]!r}?" if near else ""
             raise DataError(f"{source} has no column {column!r}; its columns are {shown}{hint}")
     folded = {column.strip().casefold(): column for column in reversed(columns)}
-    for form in FORMS:
+    for form in forms:
         if not given.keys() <= form.fields.keys():
             continue
         found = {name: folded[n] for name, names in form.fields.items() for n in reversed(names) if n in folded} | given

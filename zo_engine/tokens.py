@@ -8,13 +8,14 @@ believed; else a turn is what rendering adds to the conversation before it, whic
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 from jinja2.exceptions import TemplateError
-from transformers import PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from zo_engine.dataset import DataError
-from zo_engine.hub import some
+from zo_engine.hub import IMPOSSIBLE, TOKENIZERS, ModelError, first_line, read_json, some
 from zo_engine.texts import Example, Message, Problem
 
 IGNORED = -100  # what cross_entropy of torch passes over
@@ -42,6 +43,22 @@ class Rendered:
     examples: list[Tokens]
     problems: list[Problem]
     notes: list[str] = field(default_factory=list)
+
+
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of a language model's folder. Raises ModelError where there is none that transformers can read."""
+    folder = Path(folder)
+    if not any((folder / name).exists() for name in TOKENIZERS):
+        raise ModelError(f"{folder} has no tokenizer (tokenizer.json or tokenizer.model); download the model again")
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except (*IMPOSSIBLE, OSError) as error:
+        raise ModelError(f"{folder} cannot be loaded ({first_line(error)}); download the model again") from error
+
+
+def limit(folder: Path, length: int) -> int:
+    """Tokens of a text: `length`, or what the model reads at most."""
+    return min(length, int(read_json(Path(folder) / "config.json").get("max_position_embeddings", length)))
 
 
 def render(

@@ -350,7 +350,7 @@ def prepare_texts(recipe: Recipe, cache_folder: Path, say: Callable[[str], None]
     columns = dict(entry.split("=", 1) for entry in recipe.text_columns)
     contents = texts.read(recipe.texts, columns, recipe.skip_bad)
     tokenizer = models.load_tokenizer(folder)
-    length = min(recipe.length, context(folder, recipe.length))
+    length = tokens.limit(folder, recipe.length)
     rendered = tokens.render(tokenizer, contents.examples, length, recipe.completions_only, recipe.skip_bad)
     notes = [*rendered.notes]
     if length < recipe.length:
@@ -416,7 +416,7 @@ def prepare_task(recipe: Recipe, folder: Path, cache_folder: Path, say: Callable
     found = templates.cases(asked, recipe.texts, "train")
     device = pick_device(recipe.device)
     tokenizer = models.load_tokenizer(folder)
-    length = min(recipe.length, context(folder, recipe.length))
+    length = tokens.limit(folder, recipe.length)
     most, total = round(TASK_ROWS / (1 - recipe.holdout)), len(found)
     rng = np.random.Generator(np.random.Philox(key=recipe.seed))
     found = [found[i] for i in rng.permutation(total)[:most]]
@@ -449,11 +449,6 @@ def prepare_task(recipe: Recipe, folder: Path, cache_folder: Path, say: Callable
         held_out=len(held_out),
         notes=notes,
     )
-
-
-def context(folder: Path, default: int) -> int:
-    """Tokens that a language model reads, at most."""
-    return int(read_json(folder / "config.json").get("max_position_embeddings", default))
 
 
 def rewarding(name: str, contents: texts.Contents, say: Callable[[str], None]) -> rewards.Reward:
@@ -908,6 +903,7 @@ def train(run: Run, studio: Studio, report: Callable[[dict], None], stop: thread
             **timing(0.0),
             "skipped": method.skipped,
             "memory": memory(studio.model.device),
+            "tokens": studio.task.tokens(),
         }
         run.write_status("running", **facts)
         report(facts)
