@@ -718,7 +718,7 @@ def test_bad_zips(tmp_path, monkeypatch, case):
 
     gr = pytest.importorskip("gradio", reason="the page's own extra is not installed")
     from app import drafts
-    from app.data import Pictures
+    from app.data import Data
     from app.place import Place
     from app.plainly import plainly
 
@@ -727,7 +727,7 @@ def test_bad_zips(tmp_path, monkeypatch, case):
     case.make(tmp_path)
     place, before = Place(tmp_path / "runs"), listing(tmp_path)
     try:
-        name, _ = plainly(Pictures(place).upload)([str(tmp_path / "cards.zip")])
+        name, _ = plainly(Data(place).upload)([str(tmp_path / "cards.zip")])
     except gr.Error as error:
         assert case.sentence and re.search(case.sentence, error.message) and "\n" not in error.message, error.message
         assert place.drafts.names() == []
@@ -736,7 +736,7 @@ def test_bad_zips(tmp_path, monkeypatch, case):
     draft = place.drafts.open(name)
     made = {p for p in listing(tmp_path) - before if p.is_file()}
     assert made and all(p.resolve().is_relative_to(draft.path) and not p.is_symlink() for p in made)
-    plainly(Pictures(place).show)(name)
+    plainly(Data(place).show)(name)
 
 
 @pytest.mark.parametrize("case", params([*bad_recipes()][::7]))
@@ -753,7 +753,7 @@ def test_bad_recipes_through_the_page(tmp_path, case):
     draft = place.drafts.example("woodcut")
     before, training = draft.file.read_bytes(), Training(place)
     with gr.Blocks():
-        training.build(gr.State(""), gr.State(""), gr.Tabs(), gr.Tab())
+        training.build(gr.State(""), gr.State({}), gr.State(""), gr.Tabs(), gr.Tab())
     with pytest.raises(gr.Error) as caught:
         plainly(training.load)("woodcut", {}, str(tmp_path / "recipe.toml"))
     assert re.search(case.sentence, caught.value.message) and draft.file.read_bytes() == before

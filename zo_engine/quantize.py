@@ -303,6 +303,11 @@ def _layer_formats(model: nn.Module, checkpoint: Checkpoint, quantization: str) 
                 f"quantization={quantization!r} is not possible; set it to {found[0]!r}"
             )
         return saved
+    if (said := (checkpoint.config.get("quantization_config") or {}).get("quant_method")) in READ:
+        raise ModelError(
+            f"{checkpoint.folder} is quantised by {said!r}, as its config.json says, but its weights are plain; "
+            "download the model again"
+        )
     if quantization in READ:
         raise ModelError(
             f"{checkpoint.folder} is not quantised by {quantization}, and cannot be here; give a folder that is, or "

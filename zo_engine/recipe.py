@@ -62,7 +62,7 @@ class Recipe:
     reward: str = setting("", "what an answer is worth, in place of learning given ones: json, json:key,key, match, "
                           "length:60, avoid:word, or rewards.py:function, whose code is run")  # fmt: skip
     # How long
-    steps: int = setting(32, "steps of the run", low=1)
+    steps: int = setting(36, "steps of the run", low=1)
     batch_size: int = setting(16, "pictures or texts in one step", low=1)
     rows: int = setting(0, "rows of one forward pass, to bound memory; 0: as many as a processor's caches like", low=0)
     # The method
@@ -88,7 +88,7 @@ class Recipe:
     prior: float = setting(0.125, "share of a batch that keeps what the base draws without trigger", low=0, high=0.9)
     holdout: float = setting(0.15, "share of pictures kept out of training, for the held-out loss", low=0.0, high=0.5)
     sigma_mean: float = setting(0.0, "mean of the logit-normal noise level", low=-5, high=5)
-    sigma_std: float = setting(1.0, "spread of the logit-normal noise level", low=0.05, high=5)
+    sigma_std: float = setting(1.5, "spread of the logit-normal noise level", low=0.05, high=5)
     shift: float = setting(0.0, "shift of the noise level; 0: from the model's scheduler", low=0.0, high=20)
     # What is looked at
     prompts: tuple[str, ...] = setting((), "preview prompts; empty: made from the captions")
