@@ -216,9 +216,10 @@ def chat(turns: list[dict[str, Any]], state: str = "", trouble: str = "") -> str
             elif "error" not in turn and not trouble:
                 sides += f'<div class="{side}"><b>{name}</b><p class="qzo-empty busy">{escape(state)}</p></div>'
         wrong = notes([("bad", f"This cannot be asked: it {turn['error']}.")]) if "error" in turn else ""
-        parts.append(f'<li><p class="you">{escape(turn["prompt"])}</p><div class="sides">{sides}</div>{wrong}</li>')
+        said = f'<p class="you">{escape(turn["prompt"])}</p><div class="sides">{sides}</div>{wrong}'
+        parts.append(f'<div class="turn">{said}</div>')
     said = notes([("bad", trouble)]) if trouble else ""
-    return f'<ol class="qzo-chat" role="log" aria-label="Conversation">{"".join(parts)}</ol>{said}'
+    return f'<div class="qzo-chat" role="log" aria-label="Conversation" tabindex="0">{"".join(parts)}</div>{said}'
 
 
 # A run

@@ -473,8 +473,8 @@ def test_a_loss_that_explodes_ends_the_run_at_its_best(studio, tmp_path, monkeyp
     """From the sixth step on the held-out loss is far above the start."""
     real, run = training.measured, Run(tmp_path / "run")
 
-    def measured(whose, theta):
-        items, figures = real(whose, theta)
+    def measured(whose, theta, rows):
+        items, figures = real(whose, theta, rows)
         far = len(run.journal()) >= 6
         return [item * worse if far else item - 0.01 * len(run.journal()) for item in items], figures
 

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from transformers import PreTrainedTokenizerBase
 
-from zo_engine import cache, card, evaluation, ia3, models, pictures, templates
+from zo_engine import cache, card, evaluation, ia3, models, pictures, templates, tokens
 from zo_engine.hub import is_language
 from zo_engine.probes import Space
 from zo_engine.run import Run
@@ -135,7 +135,7 @@ def score(
     if limit and limit < len(found):
         order = np.random.Generator(np.random.Philox(key=seed)).permutation(len(found))[:limit]
         found = [found[i] for i in sorted(order)]
-    length = limit(folder, 2048)
+    length = tokens.limit(folder, 2048)
     say(f"{len(found)} questions")
     if style:
         styled = open_style(style, cache_folder, model, device)

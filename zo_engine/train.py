@@ -84,7 +84,7 @@ def device_faults(what: str) -> Iterator[None]:
         if isinstance(error, torch.OutOfMemoryError | MemoryError) or re.search(SHORT_OF_MEMORY, text):
             raise OutOfMemory(
                 f"the memory does not suffice for {what} ({text}); end other programs that use it, write a smaller "
-                "`rows` (or `batch_size`, or `resolution`) into the recipe, and go on"
+                '`rows` (or `batch_size`, `resolution`, or offload = "cpu") into the recipe, and go on'
             ) from error
         if isinstance(error, torch.AcceleratorError) or re.search(BROKEN_DEVICE, text):
             raise TrainingError(
@@ -651,16 +651,14 @@ class Training:
         Nothing is lost: until a step is in the journal, it has not been. Raises TrainingError, saying what to do."""
         for again in (True, False):
             try:
-                return run()
-            except torch.OutOfMemoryError as error:
-                reason = str(error).split(". ")[0]
+                with device_faults(phase):
+                    return run()
+            except OutOfMemory as error:
                 if not (again and self.recipe.memory and self.rows > 1):
-                    raise TrainingError(
-                        f"{phase} ran out of the device's memory with {self.rows} rows a pass ({reason}); all steps "
-                        'before are saved: resume with fewer rows, a smaller memory, or offload = "cpu"'
-                    ) from error
+                    raise
+                reason = error
             self.rows //= 2
-            self.run.log(f"{phase} ran out of memory ({reason}); tried again with {self.rows} rows a pass")
+            self.run.log(f"{reason}; tried again with {self.rows} rows a pass")
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
 
@@ -863,8 +861,7 @@ def train(run: Run, studio: Studio, report: Callable[[dict], None], stop: thread
         at_end, asked = method.step >= recipe.steps, run.asked()
         if method.step % recipe.evaluate_every == 0 or at_end or "save" in asked:
             if not any(e["step"] == method.step for e in run.evaluations()):
-                with device_faults("the held-out loss"):
-                    training.attempt(f"the evaluation at step {method.step}", training.evaluate)
+                training.attempt("the held-out loss", training.evaluate)
             training.checkpoint()
         if why := training.diverged():
             give_up(why)
@@ -880,8 +877,7 @@ def train(run: Run, studio: Studio, report: Callable[[dict], None], stop: thread
         if method.step == first:
             began = told = time.monotonic()  # the evaluation and the previews before it are no measure of a step
         try:
-            with device_faults(f"step {method.step}"):
-                record = training.attempt(f"step {method.step}", lambda: training.step(tell))
+            record = training.attempt(f"step {method.step}", lambda: training.step(tell))
         except _Halted:
             break
         if method.step == first + 1:  # the proof that a step works here, before hours are spent
