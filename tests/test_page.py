@@ -39,7 +39,7 @@ TABS = {  # with what each shows once its figures have come
     "Data": ".qzo-pictures figure",
     "Model": ".qzo-models section",
     "Train": ".qzo-plan .qzo-card",
-    "Result": "#slider, .qzo-empty",
+    "Result": "#slider, .qzo-chat, .qzo-empty",
     "Runs": ".qzo-past, .qzo-empty",
 }
 expect = api.expect
