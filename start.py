@@ -70,7 +70,7 @@ def main(words):
 def plan(words):
     """What the words need: the extras of the package, and the arguments of the environment's Python."""
     if words[:1] == ["test"]:
-        return {"app", "dev"}, ["-m", "pytest", *words[1:]]
+        return {"app", "dev", "llm"}, ["-m", "pytest", *words[1:]]
     # -P: what lies in the current folder must not shadow packages
     words = words or ["ui"]
     return {"app"} if words[0] == "ui" else set(), ["-P", "-m", "zo_engine", *words]

@@ -97,7 +97,7 @@ def test_extras_are_added_and_stay(checkout, installed):
     start.prepare({"dev"})
     assert installed[-1][:2] == ("-e", f"{checkout}[dev]")
     start.prepare({"app"})
-    assert installed[-1][:2] == ("-e", f"{checkout}[app,dev]")
+    assert installed[-1][:2] == ("-e", f"{checkout}[app,dev,llm]")
     installed.clear()
     start.prepare({"dev"})
     start.prepare(set())
