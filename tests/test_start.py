@@ -27,7 +27,7 @@ RTX_4090 = gpu.Card("NVIDIA GeForce RTX 4090", 581, (8, 9))
 def test_words_become_a_command():
     assert start.plan(["demo", "--seed", "3"]) == (set(), ["-P", "-m", "zo_engine", "demo", "--seed", "3"])
     assert start.plan([]) == start.plan(["ui"]) == ({"app"}, ["-P", "-m", "zo_engine", "ui"])
-    assert start.plan(["test", "-k", "noise"]) == ({"app", "dev"}, ["-m", "pytest", "-k", "noise"])
+    assert start.plan(["test", "-k", "noise"]) == ({"app", "dev", "llm"}, ["-m", "pytest", "-k", "noise"])
 
 
 def test_an_old_python_can_read_the_file_and_is_told_so():
@@ -97,7 +97,7 @@ def test_extras_are_added_and_stay(checkout, installed):
     start.prepare({"dev"})
     assert installed[-1][:2] == ("-e", f"{checkout}[dev]")
     start.prepare({"app"})
-    assert installed[-1][:2] == ("-e", f"{checkout}[app,dev,llm]")
+    assert installed[-1][:2] == ("-e", f"{checkout}[app,dev]")
     installed.clear()
     start.prepare({"dev"})
     start.prepare(set())
