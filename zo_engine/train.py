@@ -338,7 +338,6 @@ def prepare_pictures(recipe: Recipe, cache_folder: Path, say: Callable[[str], No
 def prepare_texts(recipe: Recipe, cache_folder: Path, say: Callable[[str], None]) -> Studio:
     """Of a recipe with `texts` or a `task`."""
     device = pick_device(recipe.device)
-    known = models.describe(recipe.model)
     folder = models.locate(recipe.model)
     if not is_language(folder):
         raise RecipeError(
@@ -377,14 +376,8 @@ def prepare_texts(recipe: Recipe, cache_folder: Path, say: Callable[[str], None]
     asked = [(Message("user", prompt),) for prompt in recipe.prompts]
     prompts = asked or begun([example for example, _ in (*held_out, *train)])
 
-    dtype, longest = pick_dtype(recipe.dtype, device), max(len(t.ids) for t in rendered.examples)
-    work = plan.Work(recipe.batch_size, longest, depth=recipe.depth, dtype=dtype)
-    recipe, placement = place(recipe, folder, work, device, cache_folder, notes)
-    say(f"loading {known.title} in {recipe.quantization}")
-    model = models.load_language_model(
-        folder, quantization=recipe.quantization, device=device, dtype=dtype, placement=placement
-    )
-    space = tuned(model, recipe, notes)
+    longest = max(len(t.ids) for t in rendered.examples)
+    recipe, model, space = language_model(recipe, folder, longest, cache_folder, notes, say)
     learnt = lambda part: [t for _, t in part]  # noqa: E731
     if reward:
         request = lambda e: Request(tuple(tokens.prompt_ids(tokenizer, e.messages[:-1])), e.messages[-2].content,  # noqa: E731
@@ -407,6 +400,22 @@ def prepare_texts(recipe: Recipe, cache_folder: Path, say: Callable[[str], None]
     )
 
 
+def language_model(
+    recipe: Recipe, folder: Path, longest: int, cache_folder: Path, notes: list[str], say: Callable[[str], None]
+) -> tuple[Recipe, PreTrainedModel, Space]:
+    """The model of a recipe for texts of at most `longest` tokens, with its blocks where the recipe wants them, and the
+    space that is tuned of it; the recipe comes back with what was derived."""
+    device = pick_device(recipe.device)
+    dtype = pick_dtype(recipe.dtype, device)
+    work = plan.Work(recipe.batch_size, longest, depth=recipe.depth, dtype=dtype)
+    recipe, placement = place(recipe, folder, work, device, cache_folder, notes)
+    say(f"loading {models.describe(recipe.model).title} in {recipe.quantization}")
+    model = models.load_language_model(
+        folder, quantization=recipe.quantization, device=device, dtype=dtype, placement=placement
+    )
+    return recipe, model, tuned(model, recipe, notes)
+
+
 def prepare_task(recipe: Recipe, folder: Path, cache_folder: Path, say: Callable[[str], None]) -> Studio:
     """Of a recipe with a `task` of MeZO's table: its data set's own rows, from `texts` or the hub, as its templates
     ask; trained as a choice among candidates where MeZO does."""
@@ -422,16 +431,8 @@ def prepare_task(recipe: Recipe, folder: Path, cache_folder: Path, say: Callable
     found = [found[i] for i in rng.permutation(total)[:most]]
     train, held_out = split(found, recipe.holdout, recipe.seed)
     judged = (held_out or train)[: recipe.evaluate_items]
-    known = models.describe(recipe.model)
     notes = [f"{len(train)} of {total} rows are learnt and {len(held_out)} held out, drawn by the seed"]
-    dtype = pick_dtype(recipe.dtype, device)
-    work = plan.Work(recipe.batch_size, length, depth=recipe.depth, dtype=dtype)
-    recipe, placement = place(recipe, folder, work, device, cache_folder, notes)
-    say(f"loading {known.title} in {recipe.quantization}")
-    model = models.load_language_model(
-        folder, quantization=recipe.quantization, device=device, dtype=dtype, placement=placement
-    )
-    space = tuned(model, recipe, notes)
+    recipe, model, space = language_model(recipe, folder, length, cache_folder, notes, say)
     choices = lambda part: [evaluation.question(tokenizer, case, length) for case in part if case.candidates]  # noqa: E731
     if asked.classification:
         task = Choosing(model, choices(train), choices(judged), seed=recipe.seed, device=device)
