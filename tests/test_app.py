@@ -694,6 +694,7 @@ def test_answers_stand_beside_those_of_the_base(place):
     )
 
 
+@pytest.mark.slow
 def test_a_conversation_is_kept_and_the_model_stays_loaded(place, language_folder, tmp_path):
     """One real run of one step, then words to both sides, in a process that goes on."""
     file = tmp_path / "words.jsonl"

@@ -207,6 +207,7 @@ def test_clipping_keeps_the_direction_and_shrinks_it_by_the_share_that_is_not_cl
 # The base never moves
 
 
+@pytest.mark.slow
 def test_ten_thousand_steps_of_size_zero_change_no_bit():
     """In every dtype. A loop that perturbs in place, as published, does drift, so that this can fail."""
     dtypes = (torch.float16, torch.bfloat16, torch.float32)
