@@ -35,7 +35,7 @@ from zo_engine import (
     tokens,
 )
 from zo_engine.blocks import Prefix, Replay, levels
-from zo_engine.hub import is_language, read_json, some
+from zo_engine.hub import first_line, is_language, read_json, some
 from zo_engine.journal import Record, short
 from zo_engine.newton import FRESH, GaussNewton
 from zo_engine.probes import Probes, Space, evaluate
@@ -56,10 +56,11 @@ TELL = 1.0  # seconds between two reports of a long step
 TASK_ROWS = 1000  # of a task, that are learnt, as in MeZO; the held-out share comes beside
 PATIENCE = 20  # steps in a row without a finite loss, after which a run gives up
 
-Prompt = tuple[Message, ...]  # a conversation that ends before an answer
-
-
 EXPLODED = 3.0  # times the held-out loss at the start: a run that got there has diverged
+SHORT_OF_MEMORY = re.compile("out of memory|can't allocate memory|not enough memory|CUBLAS_STATUS_ALLOC_FAILED")
+BROKEN_DEVICE = re.compile("CUDA error|CUBLAS_STATUS|CUDNN_STATUS|cuDNN error|HIP error|device-side assert")
+
+Prompt = tuple[Message, ...]  # a conversation that ends before an answer
 
 
 class TrainingError(ValueError):
@@ -80,7 +81,7 @@ def device_faults(what: str) -> Iterator[None]:
     try:
         yield
     except (RuntimeError, MemoryError) as error:
-        text = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+        text = first_line(error)
         if isinstance(error, torch.OutOfMemoryError | MemoryError) or re.search(SHORT_OF_MEMORY, text):
             raise OutOfMemory(
                 f"the memory does not suffice for {what} ({text}); end other programs that use it, write a smaller "
@@ -92,10 +93,6 @@ def device_faults(what: str) -> Iterator[None]:
                 "fails again, restart the machine or look for a newer driver"
             ) from error
         raise
-
-
-SHORT_OF_MEMORY = re.compile("out of memory|can't allocate memory|not enough memory|CUBLAS_STATUS_ALLOC_FAILED")
-BROKEN_DEVICE = re.compile("CUDA error|CUBLAS_STATUS|CUDNN_STATUS|cuDNN error|HIP error|device-side assert")
 
 
 @dataclass
