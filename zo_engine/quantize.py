@@ -123,14 +123,9 @@ def load_quantized(
     if quantization not in QUANTIZATIONS:
         raise ModelError(f"quantization {quantization!r} is unknown; possible are {', '.join(QUANTIZATIONS)}")
     device = torch.device(device)
-    config = read_json(folder / "config.json")
-    _refuse_others(folder, config)
+    _refuse_others(folder, read_json(folder / "config.json"))
     with Checkpoint(folder) as checkpoint:
-        with init_empty_weights():
-            model = _empty_model(folder, config, dtype)
-        formats = _layer_formats(model, checkpoint, quantization)
-        _check(model, formats, checkpoint)
-        dense = [name for name in _own_tensors(model) if name.removesuffix(".weight") not in formats]
+        model, formats, dense = _outlined(checkpoint, quantization, dtype)
         waiting = block_names(model)[:away] if away else []
         mapped = mapped and bool(away) and all(_statistics(checkpoint, f"{n}.weight", f) for n, f in formats.items())
         homes = {name: torch.device("cpu") if _within(name, waiting) else device for name in (*formats, *dense)}
@@ -166,16 +161,12 @@ def store_quantized(
         return folder
     if (out / "config.json").exists():
         return out
-    device, config = torch.device(device), read_json(folder / "config.json")
-    _refuse_others(folder, config)
+    device = torch.device(device)
+    _refuse_others(folder, read_json(folder / "config.json"))
     with Checkpoint(folder) as checkpoint:
-        with init_empty_weights():
-            model = _empty_model(folder, config, dtype)
-        formats = _layer_formats(model, checkpoint, quantization)
-        _check(model, formats, checkpoint)
+        model, formats, dense = _outlined(checkpoint, quantization, dtype)
         if all(_statistics(checkpoint, f"{name}.weight", format) for name, format in formats.items()):
             return folder
-        dense = [name for name in _own_tensors(model) if name.removesuffix(".weight") not in formats]
         parts = [[name] for name in block_names(model)] + [[]]
         work = out.with_name(f".{out.name}.{os.getpid()}.tmp")
         index: dict[str, str] = {}
@@ -205,6 +196,17 @@ def store_quantized(
         finally:
             shutil.rmtree(work, ignore_errors=True)
     return out
+
+
+def _outlined(
+    checkpoint: Checkpoint, quantization: str, dtype: torch.dtype
+) -> tuple[nn.Module, dict[str, str], list[str]]:
+    """(the model without weights, the format of each layer that is quantised, the names of its other tensors)."""
+    with init_empty_weights():
+        model = _empty_model(checkpoint.folder, checkpoint.config, dtype)
+    formats = _layer_formats(model, checkpoint, quantization)
+    _check(model, formats, checkpoint)
+    return model, formats, [n for n in _own_tensors(model) if n.removesuffix(".weight") not in formats]
 
 
 def _within(name: str, modules: Collection[str]) -> bool:
