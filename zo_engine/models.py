@@ -4,7 +4,6 @@
 parts there are. `locate`, `MODELS`, `ModelError` and others are theirs, given here as well.
 """
 
-import glob
 import json
 import os
 import shutil
@@ -16,7 +15,6 @@ from functools import partial
 from pathlib import Path
 
 import diffusers
-import psutil
 import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
 from torch import nn
@@ -56,6 +54,7 @@ from zo_engine.quantize import (
     quantized_layers,
     store_quantized,
 )
+from zo_engine.run import appearing
 from zo_engine.tokens import load_tokenizer
 
 __all__ = [
@@ -281,17 +280,8 @@ def _appearing(out: Path) -> Iterator[Path]:
     """A folder to write to, which gets the name `out` in the end if nothing went wrong, and is gone otherwise."""
     if out.exists():
         raise ModelError(f"{out} exists already; remove it, or choose another name")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    work = out.with_name(f".{out.name}.{os.getpid()}.tmp")
-    for left in out.parent.glob(f".{glob.escape(out.name)}.*.tmp"):  # of a process that was killed at it
-        if (number := left.suffixes[-2][1:]).isdecimal() and not psutil.pid_exists(int(number)):
-            shutil.rmtree(left, ignore_errors=True)
-    try:
-        work.mkdir()
+    with appearing(out) as work:
         yield work
-        os.replace(work, out)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
 
 
 def _copy_others(base: Path, work: Path) -> None:

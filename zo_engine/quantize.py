@@ -22,7 +22,6 @@ import hashlib
 import json
 import logging
 import math
-import os
 import re
 import shutil
 from collections.abc import Collection
@@ -45,9 +44,11 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 from zo_engine import packed
 from zo_engine.hub import IMPOSSIBLE, ModelError, check_index, find_weights, first_line, open_shard, read_json, some
 from zo_engine.offload import block_names
+from zo_engine.run import appearing
 
 MADE = ("nf4", "fp4", "int8", "none")  # what a plain model can be loaded as
 READ = ("gptq", "aqlm")  # what a model must come in
+SUMS = "sha256.json"  # of a copy's files, beside them
 QUANTIZATIONS = (*MADE, *READ)
 # On a CPU, weights are quantised this many at a time (whole blocks). The temporary tensors of larger pieces
 # leave gaps in the heap that are not used again: with whole layers, more than the model's own size was lost.
@@ -154,13 +155,16 @@ def store_quantized(
 ) -> Path:
     """A quantised copy of the model in `folder`, written to `out` block by block: host memory holds one block.
 
-    For models that are to be streamed from disk (`load_quantized` with `mapped`). What is there already stays; a folder
-    that is quantised itself needs no copy and is returned. Raises ModelError, and OSError for a full disk.
+    For models that are to be streamed from disk (`load_quantized` with `mapped`). What is there already stays, if it is
+    as it was written; a folder that is quantised itself needs no copy and is returned. Raises ModelError, and OSError
+    for a full disk.
     """
     if quantization in READ:
         return folder
     if (out / "config.json").exists():
-        return out
+        if (out / SUMS).exists() and read_json(out / SUMS) == _sums(out):
+            return out
+        shutil.rmtree(out)
     device = torch.device(device)
     _refuse_others(folder, read_json(folder / "config.json"))
     with Checkpoint(folder) as checkpoint:
@@ -168,10 +172,8 @@ def store_quantized(
         if all(_statistics(checkpoint, f"{name}.weight", format) for name, format in formats.items()):
             return folder
         parts = [[name] for name in block_names(model)] + [[]]
-        work = out.with_name(f".{out.name}.{os.getpid()}.tmp")
         index: dict[str, str] = {}
-        try:
-            work.mkdir(parents=True)
+        with appearing(out) as work:
             for number, part in enumerate(parts, 1):
                 mine = lambda name: _within(name, part) if part else True  # noqa: B023, E731
                 for name in [name for name in formats if mine(name)]:
@@ -192,10 +194,17 @@ def store_quantized(
             for file in folder.glob("*.json"):
                 if "index" not in file.name:
                     shutil.copyfile(file, work / file.name)  # config.json among them; codes speak for themselves
-            os.replace(work, out)
-        finally:
-            shutil.rmtree(work, ignore_errors=True)
+            (work / SUMS).write_text(json.dumps(_sums(work)))
     return out
+
+
+def _sums(folder: Path) -> dict[str, str]:
+    """SHA-256 of each file of weights."""
+    found = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        with open(file, "rb") as content:
+            found[file.name] = hashlib.file_digest(content, "sha256").hexdigest()
+    return found
 
 
 def _outlined(
