@@ -37,6 +37,18 @@ def test_journal_round_trip(run):
     assert run.journal()[2].slopes == STEPS[2].slopes
 
 
+def test_the_log_is_bounded(run, monkeypatch):
+    from zo_engine import run as runs
+
+    monkeypatch.setattr(runs, "LOG", 1000)
+    for i in range(200):
+        run.log(f"line {i}")
+    old, new = (run.path / name for name in ("log.old.txt", "log.txt"))
+    assert "line 199" in new.read_text() and sum(f.stat().st_size for f in run.path.glob("log*")) < 3000
+    lines = (old.read_text() + new.read_text()).splitlines()
+    assert [int(line.split()[-1]) for line in lines] == list(range(200 - len(lines), 200))
+
+
 def test_short_is_exact_in_fp32():
     import numpy as np
 

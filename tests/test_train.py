@@ -265,12 +265,12 @@ def test_damaged_styles_are_refused(studio, tmp_path):
     ):
         save_style(tmp_path / name, Style("journal", broken, journal.recipe, journal.base, journal.facts))
         with pytest.raises(StyleError, match="journal is damaged|journal does not fit its recipe"):
-            open_style(tmp_path / name, tmp_path / "cache")
+            open_style(tmp_path / name, tmp_path / "cache", studio.recipe.model)
     style = load_style(run.style_file)
     lost = dict(list(style.tensors.items())[1:])
     save_style(tmp_path / "lost", Style(style.form, lost, style.recipe, style.base, style.facts))
     with pytest.raises(StyleError, match="does not fit the model's layers"):
-        open_style(tmp_path / "lost", tmp_path / "cache")
+        open_style(tmp_path / "lost", tmp_path / "cache", studio.recipe.model)
 
 
 def test_strength_scales_theta_and_zero_is_the_base(studio, tmp_path):

@@ -9,12 +9,13 @@ import tiny
 import torch
 from test_train import data, go, recipe, studio  # noqa: F401 (fixtures)
 
-from zo_engine import journal, sealed
+from zo_engine import journal, noise, sealed
 from zo_engine import recipe as recipes
+from zo_engine.noise import Layout, directions
 from zo_engine.run import Run
 from zo_engine.style import load_style, save_style
 from zo_engine.train import prepare, replayed
-from zo_engine.verify import verify
+from zo_engine.verify import rounding, verify
 
 
 @pytest.fixture(scope="module")
@@ -75,14 +76,119 @@ def test_journals_of_every_kind_replay_the_same_with_any_number_of_threads(studi
     assert thetas[0].any() and all(torch.equal(thetas[0], theta) for theta in thetas[1:])
 
 
+# What made a journal, and what replays it
+
+
+@pytest.fixture(scope="module")
+def tiers(recipe, tmp_path_factory):  # noqa: F811
+    """tiers(what, offload): the studio of a tiny run of pictures or texts, its blocks in memory, away, or on disk."""
+    folder = tmp_path_factory.mktemp("tiers")
+    rows = [{"prompt": f"what is {i}?", "completion": f"{i}, aye"} for i in range(8)]
+    (folder / "t.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    model = tiny.save_language_model(folder / "llm")
+    short = {"steps": 3, "batch_size": 2, "directions": 4, "depth": 1.0, "evaluate_every": 3, "prior": 0.0}
+    recipes_of = {
+        "pictures": dataclasses.replace(recipe, **short),
+        "texts": recipes.Recipe(texts=str(folder / "t.jsonl"), model=str(model), length=100, evaluate_items=8,
+                                answer_tokens=2, preview_every=0, **short),
+    }  # fmt: skip
+    made = {}
+
+    def studio_of(what: str, offload: str):
+        if (what, offload) not in made:
+            asked = dataclasses.replace(recipes_of[what], offload=offload)
+            made[what, offload] = prepare(asked, folder / "cache")
+        return made[what, offload]
+
+    return studio_of
+
+
+SETTINGS = (
+    {"space": "gain"},
+    {"space": "absolute", "optimizer": "sgd", "eps": 1e-3},
+    {"space": "group", "optimizer": "adam"},
+    {"space": "gain", "columns": True, "optimizer": "momentum"},
+)
+USUAL = {("pictures", "absolute"), ("texts", "group"), ("texts", "gain")}
+
+
+@pytest.mark.parametrize(
+    "what, settings",
+    [
+        pytest.param(
+            what, how, marks=[] if (what, how["space"]) in USUAL and "columns" not in how else pytest.mark.slow
+        )
+        for what in ("pictures", "texts")
+        for how in SETTINGS
+    ],
+)
+def test_a_journal_replays_the_same_under_other_rows_tiers_and_threads(tiers, tmp_path, what, settings):
+    """Made in passes of three rows with blocks on disk, replayed with others elsewhere: the same bits of theta."""
+    made = go(tiers(what, "disk").changed(rows=3, **settings), tmp_path / "run")
+    last, _ = sealed.read(made.last_file)
+    assert last["theta"].any()
+    threads = torch.get_num_threads()
+    try:
+        for offload, rows, count in (("resident", 1, 1), ("cpu", 64, 2), ("resident", 5, 3)):
+            torch.set_num_threads(count)
+            studio_here = tiers(what, offload).changed(rows=rows, **settings)
+            assert torch.equal(replayed(studio_here, made.journal()).theta, last["theta"])
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_probes_drawn_in_any_order_are_the_same_directions():
+    """One by one and backwards, in another layout, with any number of threads."""
+    layout, threads = Layout({"a.rows": (300,), "b.rows": (70,)}), torch.get_num_threads()
+    turned = Layout({"b.rows": (70,), "a.rows": (300,)})
+    try:
+        for kind in ("rademacher", "gaussian"):
+            whole = directions(kind, layout, 5, 2, range(6))
+            torch.set_num_threads(2)
+            for probe in reversed(range(6)):
+                assert torch.equal(directions(kind, layout, 5, 2, [probe])[0], whole[probe])
+                other = turned.split(directions(kind, turned, 5, 2, [probe])[0])
+                assert all(torch.equal(part, other[n]) for n, part in layout.split(whole[probe]).items())
+    finally:
+        torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("optimizer", ["gauss-newton", "sgd"])
+def test_gaussian_directions_rounded_otherwise_stay_within_the_bound(studio, tmp_path, monkeypatch, optimizer):  # noqa: F811
+    """As on a device whose log and cos end in another bit: every normal one ULP up or down, at random."""
+    here = studio.changed(noise="gaussian", optimizer=optimizer, step_size=0.05 * (optimizer == "sgd"), steps=5)
+    run = go(here, tmp_path / "run")
+    most, theta = rounding(run.journal(), here.recipe), replayed(here, run.journal()).theta
+    assert rounding(run.journal(), studio.recipe) == 0 and 0 < most < 1e-3 * theta.abs().max()
+    normals, generator = noise._normals, torch.Generator().manual_seed(0)
+
+    def rounded(words):
+        z = normals(words)
+        up = torch.rand(z.shape, generator=generator) < 0.5
+        return torch.where(up, z.nextafter(torch.tensor(9.0)), z.nextafter(torch.tensor(-9.0)))
+
+    monkeypatch.setattr(noise, "_normals", rounded)
+    apart = (replayed(here, run.journal()).theta - theta).abs().max()
+    assert 0 < apart <= most
+    report = verify(run.path, run.path.parent / ".cache")
+    assert report.sound and "Gaussian directions may" in report.text(), report.text()
+    tensors, metadata = sealed.read(run.last_file)
+    metadata.pop(sealed.DIGEST)
+    sealed.write(run.last_file, {**tensors, "theta": tensors["theta"] + 2 * most}, metadata)
+    assert "last.safetensors, step 5" in wrong(run)
+
+
 def test_a_sound_style_is_sound_alone_and_beside_its_twin(qzo, run, tmp_path):
     for name in ("style.safetensors", "style-journal.safetensors"):
         code, out, _ = qzo("verify", run.path / name)
         assert code == 0 and "equals the replay, bit for bit" in out and "WRONG" not in out
         (tmp_path / "alone").mkdir(exist_ok=True)
         shutil.copy(run.path / name, tmp_path / "alone" / "my.safetensors")
-        code, out, _ = qzo("verify", tmp_path / "alone" / "my.safetensors", "--json")
+        alone = tmp_path / "alone" / "my.safetensors"
+        code, out, _ = qzo("verify", alone, "--json", "--model", Run(run.path).recipe().model)
         assert code == 0 and json.loads(out)["sound"] and json.loads(out)["kind"] == "style"
+        code, out, _ = qzo("verify", alone)
+        assert code == 1 and "was made for a model in a folder named 'model'" in out and "with --model" in out
 
 
 def test_a_theta_that_is_not_the_journals_is_found(run):

@@ -85,14 +85,15 @@ def train(runs_dir: Path, recipe: Path, out: Path | None, as_json: bool, **given
 
 @cli.command()
 @click.argument("run", type=click.Path(path_type=Path))
+@click.option("--changed-data", is_flag=True, help="Go on although pictures, captions or texts have changed since.")
 @json_option
-def resume(run: Path, as_json: bool) -> None:
+def resume(run: Path, changed_data: bool, as_json: bool) -> None:
     """Continue RUN where it stopped, as if it never had."""
     opened = Run.open(run)
-    finish(start(opened, None, opened.path.parent, as_json), opened, as_json)
+    finish(start(opened, None, opened.path.parent, as_json, changed_data), opened, as_json)
 
 
-def start(run: Run, recipe: recipes.Recipe | None, runs_dir: Path, as_json: bool) -> str:
+def start(run: Run, recipe: recipes.Recipe | None, runs_dir: Path, as_json: bool, changed_data: bool = False) -> str:
     """Load, train, save: a new run if there is a recipe, else the run's own. Nothing is written before."""
     from zo_engine import train as training
 
@@ -106,15 +107,22 @@ def start(run: Run, recipe: recipes.Recipe | None, runs_dir: Path, as_json: bool
     for note in studio.notes:
         say(f"note: {note}")
     with run.lock(), run.heartbeat(), training.stop_signals() as stop, progress(studio.recipe.steps, as_json) as report:
-        base = {"model": studio.recipe.model, "code_hash": studio.code_hash}
-        expected = run.base().get("code_hash")
-        if expected is None:  # a new run, or one that was killed before it got here
-            run.write_base(**base)
-        elif expected != studio.code_hash:
+        base, known = training.base_of(studio), run.base()  # none of a run that was killed before it got here
+        if (expected := known.get("code_hash", studio.code_hash)) != studio.code_hash:
             raise RunError(
                 f"{run.path} was trained on other codes ({expected[:12]}) than {studio.recipe.model} has now "
                 f"({studio.code_hash[:12]}): the model has changed, so the run cannot go on"
             )
+        if changed := training.changes(known.get("data", studio.data), studio.data):
+            if not changed_data:
+                raise RunError(
+                    f"what {run.path} learns from is not what it began with: {changed}; put it back, or go on with it "
+                    f"as it is now: qzo resume {run.path} --changed-data"
+                )
+            say(f"note: going on with other data ({changed}); held-out losses are measured anew")
+            run.forget_evaluations()
+        if known != base:
+            run.write_base(**base)
         what = f"{studio.space.layout.size:,} numbers"
         what += f" after the first {first} blocks" if (first := studio.untouched) else ""
         for sentence in run.recover():

@@ -180,6 +180,21 @@ def style_file(source: Path) -> Path:
     return run.style_file
 
 
+def _base_of(style: Style, source: Path) -> str:
+    """Where the base of a style lies: as the run says that it lies in, else by the name that it has kept itself. Raises
+    StyleError where that name is a folder's: folders have no path in a style."""
+    base = Run(source if source.is_dir() else source.parent).base()
+    if base.get("code_hash") == style.base.get("code_hash"):
+        return str(base.get("model", ""))
+    name = str(style.base.get("model", ""))
+    if Path(name).name == name and name not in models.MODELS and not Path(name).exists():
+        codes = str(style.base.get("code_hash"))[:12]
+        raise StyleError(
+            f"{source} was made for a model in a folder named {name!r} (codes {codes}); say where it is with --model"
+        )
+    return name
+
+
 def open_style(
     source: Path, cache_folder: Path, model: str = "", device: str = "auto", offload: str = ""
 ) -> StyledPipeline | StyledLanguageModel:
@@ -192,7 +207,7 @@ def open_style(
         offload = Run(Path(source)).recipe().offload
     recipe = style.recipe
     where = pick_device(device)
-    folder = models.locate(model or style.base.get("model", ""))
+    folder = models.locate(model or _base_of(style, Path(source)))
     language = is_language(folder)
     load = models.load_language_model if language else models.load_transformer
     placement = streaming(offload, folder if language else folder / "transformer", Path(cache_folder))

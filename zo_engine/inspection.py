@@ -110,7 +110,7 @@ def inspect_run(run: Run) -> dict[str, Any]:
         "skipped": sum(r.skipped for r in journal),
         "journal_bytes": run.journal_file.stat().st_size if journal else 0,
         "style": str(run.style_file) if run.style_file.exists() else None,
-        **{f"base_{k}": v for k, v in run.base().items()},
+        **{f"base_{k}": v for k, v in run.base().items() if k != "data"},
     }
     losses = [(e["loss"], e["step"]) for e in evaluations if e["loss"] is not None]
     if losses:

@@ -132,7 +132,13 @@ class Recipe:
         values = {f.name: _plain(getattr(self, f.name)) for f in fields(self) if f.name not in PRIVATE}
         if is_file(self.reward):
             values["reward"] = ""  # a style names no code
-        return values | {"model": Path(self.model).name if Path(self.model).is_absolute() else self.model}
+        return values | {"model": named(self.model)}
+
+
+def named(model: str) -> str:
+    """A model as others may know it: a known name or a repository as it is, and of a folder no more than its name."""
+    path = Path(model).expanduser()
+    return path.resolve().name if path.is_absolute() or model[:1] in ".~" or path.is_dir() else model
 
 
 def _checked(field: dataclasses.Field, value: Any) -> Any:

@@ -2,13 +2,13 @@
 
 runs/<name>/
   recipe.toml        what the run is, every setting resolved
-  run.json           the base it belongs to: model, hash of its codes, versions
+  run.json           what it belongs to: the model, the hash of its codes, digests of what is learnt from
   journal.jsonl      one line a step: the run itself
   evaluations.jsonl  held-out losses
   status.json        state, step, last figures, process id and its start: for whoever looks on
   heartbeat          touched while the process can still answer
   requests/          an empty file named after each thing that was asked of the run
-  log.txt            what was said
+  log.txt            what was said; log.old.txt, before that
   previews/          000100.png, one grid each, and 000100/ with its single pictures; of a language model 000100.json
   checkpoints/       last.safetensors, best.safetensors
   plots/             loss.png
@@ -17,10 +17,12 @@ runs/<name>/
 """
 
 import errno
+import glob
 import json
 import math
 import os
 import re
+import shutil
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -38,6 +40,7 @@ from zo_engine.journal import JournalError, Record
 STATES = ("running", "stopped", "done", "failed")
 REQUESTS = ("preview", "save")  # what may be asked of a run while it trains
 BEAT = 0.5  # seconds between two heartbeats
+LOG = 2**22  # bytes of a log, after which it makes way for another; one older one is kept
 
 
 class RunError(ValueError):
@@ -46,7 +49,7 @@ class RunError(ValueError):
 
 def write_atomic(path: Path, data: bytes | str) -> None:
     """Written whole or not at all: to a temporary name beside it, flushed to disk, then renamed, and that flushed."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     temporary = path.with_name(f"{path.name}.{os.getpid()}.{threading.get_ident()}.tmp")
     try:
         with open(temporary, "wb") as file:
@@ -57,6 +60,37 @@ def write_atomic(path: Path, data: bytes | str) -> None:
         _sync_folder(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def make_folder(folder: Path) -> None:
+    """A folder with those that it lies in, each new name flushed to disk; what is there stays."""
+    if not folder.is_dir():
+        make_folder(folder.parent)
+        folder.mkdir(exist_ok=True)
+        _sync_folder(folder.parent)
+
+
+@contextmanager
+def appearing(folder: Path) -> Iterator[Path]:
+    """A folder to write to, which gets the name of `folder` if nothing went wrong, all of it flushed to disk, and is
+    gone otherwise. What a process that was killed at it has left goes, too."""
+    make_folder(folder.parent)
+    for left in folder.parent.glob(f".{glob.escape(folder.name)}.*.tmp"):
+        if (number := left.suffixes[-2][1:]).isdecimal() and not psutil.pid_exists(int(number)):
+            shutil.rmtree(left, ignore_errors=True)
+    work = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    try:
+        work.mkdir()
+        yield work
+        for file in (f for f in work.rglob("*") if f.is_file()):
+            with open(file, "rb") as written:
+                os.fsync(written.fileno())
+        for inside in (f for f in (work, *work.rglob("*")) if f.is_dir()):
+            _sync_folder(inside)
+        os.replace(work, folder)
+        _sync_folder(folder.parent)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
 
 
 def _sync_folder(folder: Path) -> None:
@@ -101,6 +135,7 @@ class Run:
         self.previews = self.path / "previews"
         self.chat = self.path / "chat"
         self.heartbeat_file = self.path / "heartbeat"
+        self.log_file = self.path / "log.txt"
 
     @classmethod
     def create(cls, path: Path, recipe: recipes.Recipe) -> "Run":
@@ -175,7 +210,11 @@ class Run:
         write_atomic(self.path / "run.json", json.dumps(facts, indent=1))
 
     def base(self) -> dict[str, Any]:
-        return self._json("run.json")
+        found = self._json("run.json")
+        data = found.get("data", {})
+        names = all(isinstance(found.get(name, ""), str) for name in ("model", "code_hash"))
+        held = isinstance(data, dict) and all(isinstance(digests, list) and digests for digests in data.values())
+        return found if names and held else self._damaged("run.json")
 
     def write_status(self, state: str, **facts: Any) -> None:
         assert state in STATES
@@ -216,7 +255,9 @@ class Run:
 
     def log(self, text: str) -> None:
         stamp = datetime.now().strftime("%Y-%m-%d %H:%M:%S")
-        with open(self.path / "log.txt", "a", encoding="utf-8") as file:
+        if self.log_file.exists() and self.log_file.stat().st_size > LOG:
+            os.replace(self.log_file, self.log_file.with_name("log.old.txt"))
+        with open(self.log_file, "a", encoding="utf-8") as file:
             file.write(f"{stamp} {text}\n")
 
     # The journal
@@ -234,6 +275,13 @@ class Run:
     def evaluations(self) -> list[dict[str, Any]]:
         """Every whole line, in the order of their making. Raises RunError for damage."""
         return self._whole(self.evaluations_file, *self._read_evaluations())
+
+    def forget_evaluations(self) -> None:
+        """Every held-out loss is to be measured again, on the way of the next resume; the old ones are kept aside."""
+        if self.evaluations_file.exists():
+            os.replace(self.evaluations_file, self.evaluations_file.with_name(f"{self.evaluations_file.name}.before"))
+            _sync_folder(self.path)
+        self.best_file.unlink(missing_ok=True)
 
     def recover(self) -> list[str]:
         """Make a run that was broken off, or damaged, one that can go on: torn ends are cut, the journal ends before

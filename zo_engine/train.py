@@ -1,6 +1,7 @@
 """The one loop: every step nudges the scales along random directions and writes a line in the journal."""
 
 import dataclasses
+import hashlib
 import json
 import math
 import os
@@ -39,7 +40,7 @@ from zo_engine.hub import first_line, is_language, read_json, some
 from zo_engine.journal import Record, short
 from zo_engine.newton import FRESH, GaussNewton
 from zo_engine.probes import Probes, Space, evaluate
-from zo_engine.recipe import DIRECTIONS, DOUBLINGS, Recipe, RecipeError
+from zo_engine.recipe import DIRECTIONS, DOUBLINGS, Recipe, RecipeError, named
 from zo_engine.run import Run, write_atomic
 from zo_engine.scales import ScaleView, find_scales, formats_of, prove_live
 from zo_engine.style import Style, journal_tensors, make_method, make_space, save_style, theta_tensors
@@ -208,6 +209,7 @@ class Studio:
     examples: int
     held_out: int
     notes: list[str]
+    data: dict[str, list[str]]  # of every file that is learnt from, or judges: what it held; see `digests`
 
     @property
     def untouched(self) -> int:
@@ -249,6 +251,38 @@ def split(pictures: list, share: float, seed: int) -> tuple[list, list]:
     order = np.random.Generator(np.random.Philox(key=seed)).permutation(len(pictures))
     held = set(order[:count].tolist())
     return [p for i, p in enumerate(pictures) if i not in held], [p for i, p in enumerate(pictures) if i in held]
+
+
+def digests(*parts: object) -> list[str]:
+    """What a file held when it was read, a digest of each part: bytes, or values as their repr says them."""
+    found = (part if isinstance(part, bytes) else repr(part).encode() for part in parts)
+    return [hashlib.sha256(content).hexdigest()[:16] for content in found]
+
+
+def base_of(studio: Studio) -> dict[str, Any]:
+    """What a run belongs to, as it stands in its folder."""
+    return {"model": studio.recipe.model, "code_hash": studio.code_hash, "data": studio.data}
+
+
+def judged_by(reward: str) -> dict[str, list[str]]:
+    """The digests of the file that a reward is in, if it is in one."""
+    file = Path(reward.rpartition(":")[0]).expanduser()
+    return {file.name: digests(file.read_bytes())} if rewards.is_file(reward) else {}
+
+
+def changes(before: dict[str, list[str]], now: dict[str, list[str]]) -> str:
+    """In what the data of a run differs from `Studio.data` as it was, by file; nothing where it does not."""
+    said = []
+    for name in sorted(before.keys() | now.keys()):
+        if name not in now:
+            said.append(f"{name} is gone")
+        elif name not in before:
+            said.append(f"{name} is new")
+        elif before[name][0] != now[name][0]:
+            said.append(f"{name} has other contents")
+        elif before[name] != now[name]:
+            said.append(f"{name} has another caption")
+    return some(said)
 
 
 def prepare(recipe: Recipe, cache_folder: Path, say: Callable[[str], None] = lambda text: None) -> Studio:
@@ -329,6 +363,12 @@ def prepare_pictures(recipe: Recipe, cache_folder: Path, say: Callable[[str], No
         examples=len(train),
         held_out=len(held_out),
         notes=notes,
+        data={
+            Path(os.path.relpath(p.path, os.path.realpath(recipe.images))).as_posix(): digests(
+                p.path.read_bytes(), [p.caption, p.repeats]
+            )
+            for p in found
+        },
     )
 
 
@@ -394,6 +434,7 @@ def prepare_texts(recipe: Recipe, cache_folder: Path, say: Callable[[str], None]
         examples=len(train),
         held_out=len(held_out),
         notes=notes,
+        data={Path(recipe.texts).name: digests(contents.examples)} | judged_by(recipe.reward),
     )
 
 
@@ -423,7 +464,7 @@ def prepare_task(recipe: Recipe, folder: Path, cache_folder: Path, say: Callable
     device = pick_device(recipe.device)
     tokenizer = models.load_tokenizer(folder)
     length = tokens.limit(folder, recipe.length)
-    most, total = round(TASK_ROWS / (1 - recipe.holdout)), len(found)
+    most, total, drawn = round(TASK_ROWS / (1 - recipe.holdout)), len(found), digests(found)
     rng = np.random.Generator(np.random.Philox(key=recipe.seed))
     found = [found[i] for i in rng.permutation(total)[:most]]
     train, held_out = split(found, recipe.holdout, recipe.seed)
@@ -446,6 +487,7 @@ def prepare_task(recipe: Recipe, folder: Path, cache_folder: Path, say: Callable
         examples=len(train),
         held_out=len(held_out),
         notes=notes,
+        data={Path(recipe.texts or asked.repo).name: drawn},
     )
 
 
@@ -737,7 +779,7 @@ class Training:
             **self.studio.preview.facts(self.recipe),
             "licence": models.describe(self.recipe.model).licence,
         }
-        base = self.run.base()
+        base = {"model": named(self.recipe.model), "code_hash": self.studio.code_hash}
         save_style(
             self.run.style_file, Style("theta", theta_tensors(self.studio.space, theta), self.recipe, base, facts)
         )

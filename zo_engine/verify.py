@@ -1,10 +1,12 @@
 """A run or a style examined from end to end: checksums, the base, the replay of its journal, its held-out loss.
 
 Nothing is written. What is compared bit for bit is what the project promises bit for bit: theta out of the journal,
-checkpoints and styles. A held-out loss is measured again by a forward pass, whose sums depend on how many threads and
+checkpoints and styles. Where directions are Gaussian, another device's log and cos may round otherwise, and theta may
+differ by `rounding`. A held-out loss is measured again by a forward pass, whose sums depend on how many threads and
 rows make them: it may differ by CLOSE of the loss, and by how much is said.
 """
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -14,11 +16,15 @@ import torch
 
 from zo_engine import sealed
 from zo_engine.apply import open_style
+from zo_engine.journal import Move, Record
+from zo_engine.recipe import Recipe
 from zo_engine.run import Run, RunError
-from zo_engine.style import FORMAT, load_style, theta_of
-from zo_engine.train import Studio, measured, pick_device, prepare, replayed, rows_of
+from zo_engine.style import FORMAT, journal_records, load_style, theta_of
+from zo_engine.train import Studio, changes, measured, pick_device, prepare, replayed, rows_of
 
 CLOSE = 1e-3  # of the loss: what other sums of fp32 numbers may change
+LARGEST = 6.77  # of a normal made of 32 bits: sqrt(2 log 2^33)
+ULP = 2.0**-23  # of fp32, relative
 
 
 @dataclass(frozen=True)
@@ -83,8 +89,10 @@ def _style(source: Path, cache: Path, model: str, device: str) -> Iterator[Findi
     yield Finding("theta", True, f"{how}: {styled.theta.numel():,} finite numbers")
     other = source.with_name({"theta": "style-journal.safetensors", "journal": "style.safetensors"}[form])
     if other.is_file() and other != source:
-        twin = theta_of(load_style(other), styled.space, styled.style.base["code_hash"], pick_device(device))
-        yield _same(f"theta of {other.name}", styled.theta, twin)
+        pair = (styled.style, load_style(other))
+        twin = theta_of(pair[1], styled.space, styled.style.base["code_hash"], pick_device(device))
+        most = max(rounding(journal_records(s.tensors), s.recipe) for s in pair if s.form == "journal")
+        yield _same(f"theta of {other.name}", styled.theta, twin, most)
     yield Finding("held-out loss", None, "not measured: a style brings no pictures or texts; verify its run")
 
 
@@ -113,6 +121,8 @@ def _run(run: Run, cache: Path, model: str, device: str, rows: int, say: Callabl
     )
     if base.get("code_hash") != codes:
         return
+    changed = changes(base.get("data", {}), studio.data) if "data" in base else ""
+    yield Finding("data", None if changed else True, f"not as in the run: {changed}" if changed else "as in the run")
     try:
         steps = {facts["step"] for facts in evaluations}
         thetas = dict(_replay(studio, journal, steps))
@@ -120,12 +130,13 @@ def _run(run: Run, cache: Path, model: str, device: str, rows: int, say: Callabl
         yield Finding("replay", False, str(error))
         return
     yield Finding("replay", True, f"{len(journal)} steps; theta has {thetas[len(journal)].numel():,} numbers")
+    most = rounding(journal, studio.recipe)
     for file in (run.last_file, run.best_file):
         if file in whole:
             tensors, metadata = sealed.read(file)
             step = int(float(metadata["step"]))
             if step in thetas:
-                yield _same(f"{file.name}, step {step}", thetas[step], tensors["theta"])
+                yield _same(f"{file.name}, step {step}", thetas[step], tensors["theta"], most)
             else:
                 yield Finding(f"{file.name}, step {step}", None, "not compared: the journal has no such evaluation")
     for file in (run.style_file, run.journal_style_file):
@@ -133,10 +144,12 @@ def _run(run: Run, cache: Path, model: str, device: str, rows: int, say: Callabl
             style = load_style(file)
             step = int(style.facts["step"])
             if step in thetas:
-                yield _same(
-                    f"{file.name}, step {step}", thetas[step], theta_of(style, studio.space, codes, studio.model.device)
-                )
-    yield from _losses(studio, evaluations, thetas)
+                held = theta_of(style, studio.space, codes, studio.model.device)
+                yield _same(f"{file.name}, step {step}", thetas[step], held, most)
+    if changed:
+        yield Finding("held-out loss", None, "not measured: the data has changed since the run")
+    else:
+        yield from _losses(studio, evaluations, thetas)
 
 
 def _studio(run: Run, cache: Path, model: str, device: str, rows: int, say: Callable[[str], None]) -> Studio:
@@ -155,6 +168,29 @@ def _replay(studio: Studio, journal: list, steps: set[int]) -> Iterator[tuple[in
             yield method.step, method.theta.clone()
         if record is not None:
             method.apply(record)
+
+
+def rounding(journal: list[Record], recipe: Recipe) -> float:
+    """How far an element of theta may be from where it was on another device. Nothing with signs for directions. With
+    Gaussian ones a term w z of a step's K is off by an ULP of itself where z was rounded otherwise, and every product
+    and sum that it goes through, K + 2 in its step and one in each of the T steps, by half of one:
+
+        |theta - theta'| <= LARGEST ULP sum_t (K_t + 4 + T) sum_k |w_tk|
+
+    Infinite for momentum and adam, whose averages and quotients pass a difference on.
+    """
+    if recipe.noise == "rademacher":
+        return 0.0
+    if recipe.optimizer not in ("gauss-newton", "sgd"):
+        return math.inf
+    total = 0.0
+    for record in (r for r in journal if not r.skipped):
+        if isinstance(record, Move):
+            weights = record.weights
+        else:
+            weights = [min(abs(d), record.clip) * record.step_size / len(record.slopes) for d in record.slopes]
+        total += (len(weights) + 4 + len(journal)) * sum(map(abs, weights))
+    return LARGEST * ULP * total
 
 
 def _losses(studio: Studio, evaluations: list[dict], thetas: dict[int, torch.Tensor]) -> Iterator[Finding]:
@@ -187,9 +223,16 @@ def _checksum(file: Path) -> Finding:
     return Finding(file.name, True, f"sha256 {metadata[sealed.DIGEST][:16]}")
 
 
-def _same(what: str, theta: torch.Tensor, other: torch.Tensor) -> Finding:
+def _same(what: str, theta: torch.Tensor, other: torch.Tensor, most: float = 0.0) -> Finding:
+    """Two thetas, which may be so far apart."""
     other = other.to(theta.device)
     if theta.shape != other.shape:
         return Finding(what, False, f"has {other.numel():,} numbers, the replay {theta.numel():,}")
     differ = int((theta != other).sum())
-    return Finding(what, not differ, "equals the replay, bit for bit" if not differ else f"{differ:,} numbers differ")
+    if not differ:
+        return Finding(what, True, "equals the replay, bit for bit")
+    apart = float((theta - other).abs().max())
+    if apart > most or not most:
+        return Finding(what, False, f"{differ:,} numbers differ")
+    promised = "no bound is known for its optimizer" if math.isinf(most) else f"Gaussian directions may: {most:.2g}"
+    return Finding(what, None if math.isinf(most) else True, f"{apart:.2g} apart at most; {promised}")
