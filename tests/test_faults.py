@@ -15,8 +15,9 @@ from test_train import data, go, recipe, results, studio  # noqa: F401 (fixtures
 
 from zo_engine import journal, sealed
 from zo_engine import train as training
+from zo_engine.apply import open_style
 from zo_engine.journal import JournalError, Step
-from zo_engine.recipe import Recipe
+from zo_engine.recipe import Recipe, named
 from zo_engine.run import Run, RunError, write_atomic
 from zo_engine.style import FORMAT, Style, StyleError, load_style, save_style
 
@@ -240,6 +241,20 @@ def test_a_cache_that_cannot_be_trusted_is_made_again(recipe, tmp_path, put):  #
     assert torch.equal(before.task.train[first][0].latents, again.task.train[first][0].latents)
 
 
+def test_blocks_on_disk_that_are_not_as_written_are_made_again(recipe, tmp_path):  # noqa: F811
+    """A bit in any weight, or a shard that is gone: the copy is made anew, and the model is the same."""
+    asked = dataclasses.replace(recipe, offload="disk")
+    state = lambda: {n: t.clone() for n, t in training.prepare(asked, tmp_path).model.state_dict().items()}  # noqa: E731
+    before = state()
+    shards = sorted((tmp_path / "blocks").rglob("*.safetensors"))
+    kept, stamp = [shard.read_bytes() for shard in shards], shards[0].stat().st_mtime_ns
+    assert all(torch.equal(before[n], t) for n, t in state().items()) and shards[0].stat().st_mtime_ns == stamp
+    flipped(shards[-1], 8 * (shards[-1].stat().st_size - 3))
+    shards[0].unlink()
+    assert all(torch.equal(before[n], t) for n, t in state().items())
+    assert [shard.read_bytes() for shard in shards] == kept
+
+
 def test_a_read_only_folder_is_said(qzo, tmp_path, monkeypatch):
     run = Run.create(tmp_path / "run", Recipe())
 
@@ -262,6 +277,24 @@ def test_a_run_that_was_moved_goes_on(studio, whole, tmp_path):  # noqa: F811
     assert results(go(studio, tmp_path / "elsewhere" / "there")) == results(whole)
 
 
+def test_a_run_copied_to_another_machine_goes_on_where_its_recipe_finds_things(qzo, recipe, tmp_path):  # noqa: F811
+    """Paths are in the recipe alone; another folder with the same pictures is the same data."""
+    from zo_engine import recipe as recipes
+
+    here, there = tmp_path / "here", tmp_path / "there"
+    shutil.copytree(recipe.images, here)
+    file, run = tmp_path / "recipe.toml", Run(tmp_path / "run")
+    file.write_text(recipes.dump(dataclasses.replace(recipe, images=str(here), steps=2)))
+    assert qzo("train", file, "--out", run.path)[0] == 0
+    here.rename(there)
+    run.path = shutil.copytree(run.path, tmp_path / "copied")
+    code, _, err = qzo("resume", run.path)
+    assert code == 2 and str(here) in err
+    copied = Run(run.path)
+    copied.recipe_file.write_text(copied.recipe_file.read_text().replace(str(here), str(there)))
+    assert qzo("resume", copied.path)[0] == 0 and qzo("verify", copied.path)[0] == 0
+
+
 def test_leftovers_of_a_killed_process_are_cleared(studio, copied):  # noqa: F811
     for name in ("status.json.1.2.tmp", "checkpoints/last.safetensors.1.2.tmp", "previews/000000/00.png.1.2.tmp"):
         (copied.path / name).write_bytes(b"half")
@@ -271,6 +304,86 @@ def test_leftovers_of_a_killed_process_are_cleared(studio, copied):  # noqa: F81
     lost.mkdir()
     (lost / "recipe.toml.1.2.tmp").write_text("steps")
     assert Run.create(lost, Recipe()).recipe() == Recipe()
+
+
+# Data that changes under a run
+
+
+def test_changed_pictures_are_said_and_gone_on_with_only_when_told(qzo, recipe, tmp_path):  # noqa: F811
+    """Nothing is written before; afterwards every held-out loss is one of the pictures as they are now."""
+    from zo_engine import recipe as recipes
+
+    images, file, run = tmp_path / "images", tmp_path / "recipe.toml", Run(tmp_path / "run")
+    shutil.copytree(recipe.images, images)
+    text = recipes.dump(dataclasses.replace(recipe, images=str(images), steps=2, evaluate_every=2, prior=0.0))
+    file.write_text(text)
+    assert qzo("train", file, "--out", run.path)[0] == 0
+    assert qzo("resume", run.path)[0] == 0
+    before = {p: p.read_bytes() for p in run.path.rglob("*") if p.is_file()}
+    (images / "0.txt").write_text("another")
+    shutil.copy(images / "4.png", images / "1.png")
+    shutil.copy(images / "4.png", images / "99.png")
+    (images / "2.png").unlink()
+    (images / "2.txt").unlink()
+    run.recipe_file.write_text(run.recipe_file.read_text().replace("steps = 2\n", "steps = 4\n", 1))
+    code, _, err = qzo("resume", run.path)
+    said = "0.png has another caption, 1.png has other contents, 2.png is gone and 1 more"
+    assert code == 2 and said in err and "--changed-data" in err
+    changing = {"recipe.toml", "status.json", "heartbeat", "log.txt"}
+    assert all(p.read_bytes() == content for p, content in before.items() if p.name not in changing)
+    assert f"data                   not as in the run: {said}" in qzo("verify", run.path)[1]
+    first = run.evaluations()[0]["loss"]
+    code, _, err = qzo("resume", run.path, "--changed-data")
+    assert code == 0 and f"going on with other data ({said})" in err
+    assert [e["step"] for e in run.evaluations()] == [0, 2, 4] and run.evaluations()[0]["loss"] != first
+    assert qzo("verify", run.path)[0] == 0 and qzo("resume", run.path)[0] == 0
+
+
+def test_changed_texts_and_rewards_are_noticed(language_folder, tmp_path):
+    texts, own = tmp_path / "t.jsonl", tmp_path / "mine.py"
+    rows = [{"prompt": f"what is {i}?", "completion": f"{i}, aye"} for i in range(8)]
+    texts.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    own.write_text("def worth(prompt, answer):\n    return 0.5\n")
+    asked = Recipe(texts=str(texts), model=str(language_folder), length=100, reward=f"{own}:worth", answer_tokens=2)
+    first = training.prepare(asked, tmp_path).data
+    texts.write_text("".join(json.dumps(row, indent=None, separators=(",", ":")) + "\n" for row in rows))
+    assert training.changes(first, training.prepare(asked, tmp_path).data) == ""  # the same, written otherwise
+    texts.write_text("".join(json.dumps(row) + "\n" for row in rows[1:]))
+    own.write_text("def worth(prompt, answer):\n    return 0.25\n")
+    now = training.prepare(asked, tmp_path).data
+    assert training.changes(first, now) == "mine.py has other contents, t.jsonl has other contents"
+
+
+def test_what_leaves_the_machine_names_no_folder_of_it(studio, whole, language_folder, tmp_path):  # noqa: F811
+    texts = tmp_path / "t.jsonl"
+    texts.write_text("".join(json.dumps({"prompt": f"what is {i}?", "completion": "aye"}) + "\n" for i in range(8)))
+    asked = Recipe(texts=str(texts), model=str(language_folder), length=60, steps=1, directions=4, answer_tokens=2)
+    answering = go(training.prepare(asked, tmp_path), tmp_path / "answering")
+    for run in (whole, answering):
+        out = open_style(run.path, tmp_path).export(tmp_path / f"exported-{run.path.name}")
+        for file in (run.style_file, run.journal_style_file, *(f for f in out.rglob("*") if f.is_file())):
+            found = [part for part in (str(tmp_path.parent), str(Path.home())) if part.encode() in file.read_bytes()]
+            assert not found, (file.name, found)
+        style = load_style(run.style_file)
+        assert style.base["model"] == style.recipe.model == "model" and style.base["code_hash"]
+    elsewhere = tmp_path / "elsewhere.safetensors"
+    shutil.copy(whole.style_file, elsewhere)
+    with pytest.raises(StyleError, match="made for a model in a folder named 'model' .*; say where it is with --model"):
+        open_style(elsewhere, tmp_path)
+    assert torch.equal(
+        open_style(elsewhere, tmp_path, studio.recipe.model).theta, open_style(whole.path, tmp_path).theta
+    )
+
+
+@pytest.mark.parametrize(
+    "model, expected",
+    [
+        ("tiny-sd3", "tiny-sd3"), ("stabilityai/some-model", "stabilityai/some-model"), ("/data/mine/model", "model"),
+        ("~/models/mine", "mine"), ("../models/mine", "mine"), ("./mine", "mine"),
+    ],
+)  # fmt: skip
+def test_a_model_is_named_without_its_folder(model, expected):
+    assert named(model) == expected == Recipe(model=model).public()["model"]
 
 
 # Versions of the style

@@ -1,6 +1,7 @@
 """A pickle in every place where a file is read: it is refused, or passed over, and never run."""
 
 import ast
+import hashlib
 import os
 import pickle  # noqa: TID251 (to make what must not be run)
 import shutil
@@ -112,6 +113,16 @@ def test_pickles_as_language_models_texts_pictures_and_cache_are_not_run(qzo, re
         good.write_text(f'texts = "good.jsonl"\nmodel = "{spoilt}"\nsteps = 1\n')
         code, _, err = qzo("train", good, "--out", tmp_path / f"llm-run-{file.name}")
         assert code in (0, 2), (file.name, err)
+
+
+def test_the_embedded_models_are_those_that_were_shipped():
+    """Every file but the cards, by its hash; `sha256sum $(git ls-files . | grep -v README) > SHA256SUMS` renews."""
+    folder = CHECKOUT / "assets" / "models"
+    lines = [line.split(maxsplit=1) for line in (folder / "SHA256SUMS").read_text().splitlines()]
+    for digest, name in lines:
+        assert hashlib.sha256((folder / name).read_bytes()).hexdigest() == digest, name
+    there = {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file() and p.name != "README.md"}
+    assert there - {"SHA256SUMS"} == {name for _, name in lines}
 
 
 def test_nothing_here_can_read_a_pickle():
