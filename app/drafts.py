@@ -37,7 +37,7 @@ TITLES = {"voice": "A sailor's voice", "sentiment": "Good or bad?", "json": "Fac
 IMAGE_MODEL, LANGUAGE_MODEL = "tiny-sd3", "tiny-llm"  # what a draft begins with
 WELCOME = dataset.PICTURES | dataset.SIDECARS | {".jsonl"}
 MAX_FILES, MAX_BYTES = 4000, 2 * 2**30  # of one upload, a ZIP counted as it unpacks
-THUMB = 288  # pixels of the longer side
+THUMB = 240  # pixels of the longer side
 ALIKE = 10  # of 256 bits that may differ between two pictures that look the same
 
 
@@ -53,6 +53,11 @@ class Contents:
     problems: list[Problem]
     thumbs: dict[str, str]  # name -> file in thumbs/
     twins: list[tuple[str, str]]  # names of pictures that look the same
+
+    @property
+    def unusable(self) -> list[Path]:
+        """The pictures among the problems."""
+        return [p.path for p in self.problems if p.path.suffix.lower() in dataset.PICTURES]
 
     @property
     def captioned(self) -> int:
@@ -275,6 +280,16 @@ class Draft:
             (self.path / "removed").mkdir(exist_ok=True)
             os.replace(path, self.path / "removed" / path.name)
 
+    def leave_out(self) -> int:
+        """Take out every picture that cannot be used; they are kept in removed/. Gives how many."""
+        if Path(self.recipe().images) != self.own_images:
+            raise DraftError(f"they lie in a folder of yours, {self.recipe().images}; take them out there")
+        bad = [p for p in self.contents().unusable if p.is_file()]
+        for path in bad:
+            (self.path / "removed").mkdir(exist_ok=True)
+            os.replace(path, self.path / "removed" / path.name)
+        return len(bad)
+
     # Captions
 
     def caption(self, name: str, text: str) -> None:
@@ -341,7 +356,7 @@ def small(picture: Path, side: int = THUMB) -> bytes:
     """A small copy for the page, as WebP."""
     copy, buffer = dataset.open_picture(picture), io.BytesIO()
     copy.thumbnail((side, side))
-    copy.save(buffer, "WEBP", quality=72)
+    copy.save(buffer, "WEBP", quality=55)
     return buffer.getvalue()
 
 

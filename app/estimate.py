@@ -61,6 +61,7 @@ class Estimate:
     exact: bool  # that run did steps of the same kind and size
     free_memory: float
     free_disk: float
+    phase: str = ""  # when most of the memory is needed, where that is known and not measured
 
     def problems(self) -> list[str]:
         """What there is too little of, each in one sentence; empty if all is well."""
@@ -75,9 +76,11 @@ class Estimate:
         return found
 
 
-def estimate(settings: Recipe, each: int, jobs: Jobs, machine: dict[str, Any]) -> Estimate:
+def estimate(
+    settings: Recipe, each: int, jobs: Jobs, machine: dict[str, Any], planned: dict[str, Any] | None = None
+) -> Estimate:
     """What a run with these settings will need; `machine` is the doctor's report, `each` is the pixels of one picture
-    or the tokens of the longest text, 0 while that is not known."""
+    or the tokens of the longest text, 0 while that is not known, `planned` what `qzo plan` says, where it was asked."""
     work = settings.batch_size * each
     found = [m for name in jobs.names()[:LOOKED_AT] if (m := measured(Run(jobs.runs / name), settings))]
     like = next((m for m in found if m.work == work), found[0] if found else None)
@@ -91,12 +94,13 @@ def estimate(settings: Recipe, each: int, jobs: Jobs, machine: dict[str, Any]) -
     known = like if work else None
     return Estimate(
         seconds=known.step * known.steps * (_rows(settings) / known.rows) * (work / known.work) if known else None,
-        memory=like.memory if exact else doctor.need(settings.model, card is not None),
+        memory=planned["device"] if planned else like.memory if exact else doctor.need(settings.model, bool(card)),
         disk=drawn + (like.disk / like.steps if like else 20_000) * settings.steps,
         download=fetched,
         source=title(like.name) if like else "",
         exact=exact,
-        free_memory=card["memory"]["free"] if card else psutil.virtual_memory().available,
+        free_memory=free_memory(settings.device, machine),
+        phase="" if exact or planned else phase(settings.model, card is not None),
         free_disk=shutil.disk_usage(jobs.runs if jobs.runs.exists() else Path.cwd()).free,
     )
 
@@ -123,6 +127,18 @@ def measured(run: Run, settings: Recipe) -> Measured | None:
                     steps, rows)  # fmt: skip
 
 
+def pace(model: str, jobs: Jobs) -> tuple[str, float, int]:
+    """(title, seconds, steps) of the newest run of a model that was timed on this machine, or ("", 0, 0)."""
+    for name in jobs.names()[:LOOKED_AT]:
+        try:
+            theirs, status = Run(jobs.runs / name).recipe(), Run(jobs.runs / name).status()
+        except (RecipeError, RunError):
+            continue
+        if theirs.model == model and status.get("seconds_per_step"):
+            return title(name), status["seconds_per_step"] * theirs.steps, theirs.steps
+    return "", 0.0, 0
+
+
 def _rows(settings: Recipe) -> int:
     """What all steps cost together, in forward passes of a picture or text: later ones may cost more than the first."""
     if settings.optimizer != "gauss-newton":
@@ -142,6 +158,20 @@ def _pixels(picture: Path) -> int:
 
     with Image.open(picture) as image:
         return image.width * image.height
+
+
+def phase(model: str, on_gpu: bool) -> str:
+    """What a known model needs most of its memory for."""
+    if model not in doctor.TRANSFORMERS:
+        return ""
+    encoders = doctor.TEXT_WEIGHTS * (2 if on_gpu else 4)
+    return "while the captions are encoded" if encoders > doctor.TRANSFORMERS[model] else "while it trains"
+
+
+def free_memory(device: str, machine: dict[str, Any]) -> float:
+    """Bytes that are free on the device that a run would use: of the GPU, as the doctor found them, or of the host."""
+    card = _card(device, machine)
+    return card["memory"]["free"] if card else psutil.virtual_memory().available
 
 
 def _card(device: str, machine: dict[str, Any]) -> dict[str, Any] | None:

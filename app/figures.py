@@ -10,6 +10,7 @@ import math
 from html import escape
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from app import media
 from app.drafts import EXAMPLES, TEXTS, Contents, Draft, title
@@ -83,6 +84,7 @@ def pictures(draft: Draft, contents: Contents, only: str = "all") -> str:
         frame = f'<i class="crop" style="inset:{top} {right} {bottom} {left}"></i>' if cut else ""
         key = escape(name, quote=True)
         note = caption_note(picture.caption, trigger)
+        often = f", {picture.repeats} times" if picture.repeats > 1 else ""
         take_out = (
             f'<button type="button" class="remove" data-remove="{key}" aria-label="Take {key} out">&times;</button>'
             if own
@@ -91,7 +93,7 @@ def pictures(draft: Draft, contents: Contents, only: str = "all") -> str:
         cards.append(
             f'<figure><div class="frame"><span class="fit"><img loading="lazy" '
             f'src="{media.url("draft", draft.name, contents.thumbs[name])}" alt="{escape(picture.caption or name)}">'
-            f"{frame}</span>{take_out}</div><figcaption><b title='{key}'>{escape(name)}</b>"
+            f"{frame}</span>{take_out}</div><figcaption><b title='{key}'>{escape(name)}{often}</b>"
             f'<textarea rows="2" data-name="{key}" aria-label="Caption of {key}" maxlength="2000" '
             f'placeholder="What is in the picture">{escape(picture.caption)}</textarea>'
             f'<small class="{note["kind"]}">{escape(note["text"])}</small></figcaption></figure>'
@@ -477,13 +479,24 @@ def facts(heading: str, rows: list[tuple[str, str]], note: str = "") -> str:
     return f'<section class="qzo-card"><h3>{escape(heading)}</h3><dl class="wide">{lines}</dl>{below}</section>'
 
 
+def listing(name: str, text: str, save_as: str = "") -> str:
+    """A text to be copied as it is, and to be saved under a name."""
+    save = f'<a download="{save_as}" href="data:text/plain;charset=utf-8,{quote(text)}">Save</a>' if save_as else ""
+    return (
+        f'<section class="qzo-card qzo-file"><div class="line"><h3>{escape(name)}</h3><span class="does">'
+        f'<button type="button" data-copy>Copy</button>{save}</span></div>'
+        f"<pre tabindex='0'><code>{escape(text)}</code></pre></section>"
+    )
+
+
 def downloads(rows: list[tuple[str, str, str, str, str]]) -> str:
     """(title, address or "", size, what opens it, a snippet of Python or ""), each with its link as a button."""
     cards = []
     for what, place, size, opens, snippet in rows:
         link = f'<a href="{place}" download>Download, {size}</a>' if place else f"<em>{size}</em>"
         code = (
-            f"<details><summary>In Python</summary><pre tabindex='0'><code>{escape(snippet)}</code></pre></details>"
+            f"<details><summary>In Python</summary><button type='button' data-copy>Copy</button>"
+            f"<pre tabindex='0'><code>{escape(snippet)}</code></pre></details>"
             if snippet
             else ""
         )
@@ -494,17 +507,20 @@ def downloads(rows: list[tuple[str, str, str, str, str]]) -> str:
     return f'<div class="qzo-files">{"".join(cards)}</div>' if cards else ""
 
 
-def download(done: int, total: int) -> str:
-    """How a download stands; a total of 0 is not known yet."""
+def download(done: int, total: int, pace: float = 0.0, folder: str = "") -> str:
+    """How a download into a folder stands; a total of 0 is not known yet, nor a pace of 0 bytes a second."""
     if not total:
         text = "Asking the hub for access, and for the sizes of the files"
         return f'<p class="qzo-empty busy" role="status">{text}</p>'
     share = min(100.0, 100 * done / total)
+    left = f", {duration((total - done) / pace)} left" if pace and total > done else ""
+    speed = f"{size(pace)} a second{left}. " if pace else ""
     return (
         f'<section class="qzo-card qzo-run" aria-label="Download"><div class="line count"><span><b>{size(done)}</b> of '
         f'{size(total)}</span><span>{share:.0f} %</span></div><div class="bar" role="progressbar" '
         f'aria-valuemin="0" aria-valuemax="100" aria-valuenow="{share:.0f}" aria-label="Downloaded">'
-        f'<i style="width:{share:.1f}%"></i></div><p>It goes on when this page is closed.</p></section>'
+        f'<i style="width:{share:.1f}%"></i></div><p>{speed}{escape(f"Into {folder}. " if folder else "")}'
+        "It goes on when this page is closed.</p></section>"
     )
 
 

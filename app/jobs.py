@@ -5,7 +5,7 @@
   train/<run>.json     process id, its start time, the words it was started with, and when it was asked to stop
   train/<run>.toml     the recipe as it was when the button was pressed
   train/<run>.log      what the process said
-  compare/ chat/ export/ texts/ inspect/ download/ doctor/    the same for other commands
+  compare/ chat/ export/ texts/ plan/ inspect/ download/ doctor/    the same for other commands
 
 A process is the one of a record if its id and its start time agree: an id alone is given to others after a restart.
 """
@@ -21,12 +21,13 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
+from threading import RLock
 from typing import Any
 
 import psutil
 from filelock import FileLock
 
-from app.worker import WAITING
+from app.worker import WAITING, taken
 from zo_engine import recipe as recipes
 from zo_engine.hub import CHECKOUT
 from zo_engine.run import Run, RunError, after_boot, new_name, write_atomic
@@ -37,6 +38,7 @@ SILENCE = 3.0  # seconds without a heartbeat, after which a process is said to b
 LIVE = ("waiting", "preparing", "running", "silent", "stopping")
 RESUMABLE = ("stopped", "interrupted", "failed")
 _children: list[subprocess.Popen] = []  # of this server, so that they do not stay as zombies
+_asking = RLock()
 
 
 class JobError(ValueError):
@@ -68,17 +70,47 @@ class Job:
             if self.alive():
                 raise JobError(f"{self.name} is running already; wait for it, or stop it first")
             lock = self.runs / ".jobs" / "device.lock"
-            module = ["app.worker", str(lock)] if alone else ["zo_engine"]
+            held = taken(lock) if alone else None  # from this moment on, and not only once the process has begun
+            module = ["app.worker", str(lock), "" if held is None else str(held)] if alone else ["zo_engine"]
             command = [sys.executable, "-m", *module, "--runs-dir", str(self.runs), *words]
             environment = os.environ | {"PYTHONUNBUFFERED": "1", "PYTHONIOENCODING": "utf-8"}
-            with open(self.log_file, "wb") as log:
-                child = subprocess.Popen(command, cwd=CHECKOUT, env=environment, stdin=subprocess.DEVNULL,
-                                         stdout=log, stderr=subprocess.STDOUT, start_new_session=True)  # fmt: skip
+            try:
+                with open(self.log_file, "wb") as log:
+                    child = subprocess.Popen(command, cwd=CHECKOUT, env=environment, stdin=subprocess.DEVNULL,
+                                             stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
+                                             pass_fds=() if held is None else (held,))  # fmt: skip
+            finally:
+                if held is not None:
+                    os.close(held)  # the child's alone now
             _children.append(child)
             with suppress(psutil.NoSuchProcess):
                 process = psutil.Process(child.pid)
                 born = {"started": process.create_time(), "after_boot": after_boot(process)}
                 write_atomic(self.file, json.dumps({"pid": child.pid, **born, "words": words}))
+
+    def ask(self, settings: recipes.Recipe, reads: tuple[str, ...], command: str, *more: str) -> None:
+        """Let `qzo COMMAND RECIPE --json` say something of a recipe, once for every state of the settings it `reads`
+        and of the file of texts; what it says is in the log."""
+        with _asking:
+            if self._answers(settings, reads):
+                return
+            if process := self.process():
+                process.kill()  # it answers what the recipe was before
+                process.wait()
+            self.file.parent.mkdir(parents=True, exist_ok=True)
+            self.log_file.unlink(missing_ok=True)
+            self.recipe_file.write_text(recipes.dump(settings), encoding="utf-8")
+            self.start(command, str(self.recipe_file), "--json", *more, alone=False)
+
+    def _answers(self, settings: recipes.Recipe, reads: tuple[str, ...]) -> bool:
+        """Whether the process of the record answers, or has answered, for just these settings."""
+        if not self.record() or not self.recipe_file.exists():
+            return False
+        theirs = recipes.load(self.recipe_file)
+        if any(getattr(theirs, name) != getattr(settings, name) for name in reads):
+            return False
+        file = Path(settings.texts)
+        return not file.is_file() or file.stat().st_mtime <= self.recipe_file.stat().st_mtime
 
     def process(self) -> psutil.Process | None:
         """The process of the record, if it still lives."""
@@ -227,9 +259,9 @@ class Jobs:
         self.run(name)  # refuses what is no run
         process = self.job(name).process() or _writer(self.look(name).status)
         if process:
-            with suppress(psutil.NoSuchProcess):
+            with suppress(psutil.NoSuchProcess, psutil.TimeoutExpired):  # ends when its own server looks
                 process.kill()
-                process.wait(PATIENCE)
+                process.wait(PATIENCE_TO_END)
         self.bin(name)
 
     def rename(self, name: str, wish: str) -> str:

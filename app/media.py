@@ -31,7 +31,7 @@ def url(kind: str, name: str, file: str, version: object = "") -> str:
 @functools.cache
 def thumbnail(picture: Path) -> bytes:
     """The small copy of a bundled picture, made once."""
-    return small(picture, 200)
+    return small(picture, 160)
 
 
 class Media:

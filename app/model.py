@@ -2,15 +2,18 @@
 
 import json
 import re
+import time
 from pathlib import Path
 
 import gradio as gr
 
 from app import figures
 from app.drafts import IMAGE_MODEL, LANGUAGE_MODEL, learns
+from app.estimate import free_memory, pace
 from app.jobs import Job
 from app.place import Place
 from app.plainly import plainly
+from zo_engine import doctor
 from zo_engine.hub import MODELS, ModelError, arrived, check, find, is_language, read_json, repository
 
 ACCESS = (
@@ -28,6 +31,7 @@ class Models:
 
     def __init__(self, place: Place):
         self.place = place
+        self.looks: dict[str, tuple[int, float]] = {}  # at downloads, the first: bytes and clock, for their speed
 
     def build(self, draft: gr.State, tab: gr.Tab) -> None:
         heading = gr.HTML(heading_of(""))
@@ -120,8 +124,12 @@ class Models:
         job = self.job(model)
         if job.alive():
             size = next((json.loads(line)["bytes"] for line in job.log() if line.startswith("{")), 0)
-            bar = figures.download(arrived(repository(model)), size)
+            done, now = arrived(repository(model)), time.monotonic()
+            first, began = self.looks.setdefault(model, (done, now))
+            pace = (done - first) / (now - began) if now - began > 3 else 0.0
+            bar = figures.download(done, size, pace, self.place.machine().get("hub", {}).get("cache", ""))
             return [gr.Button(visible=False), gr.Button(visible=True), bar]
+        self.looks.pop(model, None)
         missing = find(model) is None or self.place.machine().get("hub", {}).get("models", {}).get(model) is False
         far = re.fullmatch(REPOSITORY, repository(model)) is not None and not Path(repository(model)).exists()
         asked = job.record()
@@ -180,6 +188,13 @@ class Models:
                 verdict = ("good", f"Will work here, on {entry['device']}: {entry['why']}.")
             facts = [
                 ("files", status[there]),
+                ("disk", self.disk(known.name, there)),
+                (
+                    "memory",
+                    f"about {figures.size(doctor.need(known.name, self.on_card()))} at most, "
+                    f"{figures.size(free_memory('auto', found))} free",
+                ),
+                ("time", self.time(known.name)),
                 *([("pictures of", f"{known.resolution.replace(',', ', ')} pixels")] if known.resolution else []),
                 ("licence", known.licence),
             ]
@@ -197,6 +212,25 @@ class Models:
         if chosen not in MODELS:
             cards.append(figures.model(other_model(chosen)))
         return f'<div class="qzo-models">{"".join(cards)}</div>'
+
+    def on_card(self) -> bool:
+        """Whether runs use a GPU here."""
+        devices = self.place.machine().get("torch", {}).get("devices", ())
+        return any("memory" in d and d["nf4"] == "works" for d in devices)
+
+    def disk(self, model: str, here: bool | None) -> str:
+        """What a model takes of the disk."""
+        if here and (folder := find(model)):
+            return f"{figures.size(sum(f.stat().st_size for f in folder.rglob('*') if f.is_file()))}, here already"
+        free = self.place.machine().get("disk", {}).get("models", {}).get("free")
+        return f"{figures.size(doctor.DOWNLOADS[model])} to fetch" + (f", {figures.size(free)} free" if free else "")
+
+    def time(self, model: str) -> str:
+        """What a run took here, where one was timed."""
+        name, seconds, steps = pace(model, self.place.jobs)
+        if not name:
+            return "not measured here yet: the first step of a run is timed, and told, before the rest"
+        return f"{figures.duration(seconds)} for {steps:,} steps, as {name} went"
 
     def machine(self) -> str:
         found = self.place.machine()

@@ -12,14 +12,18 @@ from zo_engine import dataset
 
 # one listener on the whole component, which stays when its content is drawn anew
 SAY_WHICH_PICTURE = """
-element.addEventListener('change', async (e) => {
-  const name = e.target.dataset.name;
-  if (name === undefined) return;
-  const draft = element.querySelector('[data-draft]').dataset.draft;
-  const said = e.target.closest('figure').querySelector('small');
+const waiting = new Map();  // text field -> when it is saved if nothing more is typed
+const save = async (field) => {
+  clearTimeout(waiting.get(field));
+  waiting.delete(field);
+  const name = field.dataset.name;
+  const draft = field.closest('[data-draft]').dataset.draft;
+  const said = field.closest('figure').querySelector('small');
+  const text = field.value;
   said.textContent = 'saving';
   try {
-    const answer = await server.save(draft, name, e.target.value);
+    const answer = await server.save(draft, name, text);
+    if (field.value !== text) return;  // typed on since: the next answer counts
     said.textContent = answer.text;
     said.className = answer.kind;
   } catch (error) {
@@ -27,6 +31,14 @@ element.addEventListener('change', async (e) => {
     said.className = 'bare';
   }
   trigger('saved');
+};
+element.addEventListener('input', (e) => {
+  if (e.target.dataset.name === undefined) return;
+  clearTimeout(waiting.get(e.target));
+  waiting.set(e.target, setTimeout(save, 600, e.target));
+});
+element.addEventListener('change', (e) => {
+  if (e.target.dataset.name !== undefined) save(e.target);
 });
 element.addEventListener('click', (e) => {
   const button = e.target.closest('[data-remove]');
@@ -45,12 +57,13 @@ class Pictures:
 
     def dials(self) -> None:
         """What stands beside the chooser of drafts."""
-        self.word = gr.Textbox(label="Trigger word", info="Calls the style in a prompt; [trigger] in captions", scale=2)
+        self.word = gr.Textbox(label="Trigger word", info="Calls the style; [trigger] in captions", scale=2)
         self.which = gr.Radio(FILTERS, value="all", label="Show", scale=2)
 
     def build(self, draft: gr.State) -> None:
         trigger, which = self.word, self.which
         summary = gr.HTML()
+        out = gr.Button("Leave out what cannot be used", size="sm", visible=False)
 
         def save(given: list) -> dict[str, str]:
             """Called by the page, which sends what it gives as one list."""
@@ -67,27 +80,29 @@ class Pictures:
                 prefix = gr.Button("Write", scale=1, min_width=110)
             more = gr.File(label="Add to this draft", file_count="multiple", file_types=UPLOADS, height=120)
 
-        self.view = view = [trigger, which, summary, grid]
+        self.view = view = [trigger, which, summary, out, grid]
         quiet = {"show_progress": "hidden", "api_visibility": "private"}
         private = {"api_visibility": "private"}
         which.input(plainly(self.show), [draft, which], view, **quiet)
         gr.on([trigger.blur, trigger.submit], plainly(self.trigger), [draft, trigger, which], [summary, grid], **quiet)
         grid.saved(plainly(self.summary), draft, summary, **quiet)
         grid.remove(plainly(self.remove), [draft, which], view, **quiet)
+        out.click(plainly(self.leave_out), [draft, which], view, **quiet)
         replace.click(plainly(self.replace), [draft, find, put, which], view, **private)
         prefix.click(plainly(self.prefix), [draft, front, which], view, **private)
         more.upload(plainly(self.more), [more, draft, which], [more, *view], **private)
 
     def nothing(self) -> list:
         """Its part of the tab where a draft has no pictures."""
-        return [gr.Textbox(visible=False), gr.Radio(visible=False), "", ""]
+        return [gr.Textbox(visible=False), gr.Radio(visible=False), "", gr.Button(visible=False), ""]
 
     def show(self, name: str, which: str = "all") -> list:
         """Everything about a draft, read from its folder."""
         draft = self.place.drafts.open(name)
         contents = draft.contents()
         word = gr.Textbox(value=draft.recipe().trigger, visible=True)
-        return [word, gr.Radio(visible=True), summary(draft, contents), figures.pictures(draft, contents, which)]
+        out = gr.Button(visible=bool(contents.unusable) and Path(draft.recipe().images) == draft.own_images)
+        return [word, gr.Radio(visible=True), summary(draft, contents), out, figures.pictures(draft, contents, which)]
 
     def more(self, files: list[str], name: str, which: str) -> list:
         count = self.place.drafts.open(name).add([Path(f) for f in files or []])
@@ -120,6 +135,11 @@ class Pictures:
         self.place.drafts.open(name).remove(str(event.name))
         return self.show(name, which)
 
+    def leave_out(self, name: str, which: str) -> list:
+        """What cannot be used goes, and what can stays."""
+        self.place.drafts.open(name).leave_out()
+        return self.show(name, which)
+
     def replace(self, name: str, find: str, put: str, which: str) -> list:
         gr.Info(f"{self.place.drafts.open(name).replace(find or '', put or '')} captions changed", duration=4)
         return self.show(name, which)
@@ -146,6 +166,7 @@ def summary(draft: Draft, contents: Contents) -> str:
             lines.append(("bad", f"and {len(bad) - 12} more"))
     if contents.twins:
         pairs = "; ".join(f"{a} and {b}" for a, b in contents.twins[:3])
-        lines.append(("flat", f"{len(contents.twins)} pairs look the same: {pairs}"))
+        many = "1 pair looks" if len(contents.twins) == 1 else f"{len(contents.twins)} pairs look"
+        lines.append(("flat", f"{many} the same: {pairs}"))
     lines += [("flat", text) for text in dataset.warnings(list(contents.pictures.values()), draft.buckets())]
     return figures.notes(lines)

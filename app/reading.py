@@ -5,16 +5,12 @@ Tokenizers are heavy, and a data set may be far away: the page only reads what t
 
 import json
 from dataclasses import dataclass
-from pathlib import Path
-from threading import RLock
 from typing import Any
 
 from app.drafts import Draft, DraftError
 from app.jobs import Job, Jobs
-from zo_engine import recipe as recipes
 
 READS = ("texts", "text_columns", "completions_only", "length", "model")  # what the answer depends on
-_starting = RLock()
 
 
 @dataclass(frozen=True)
@@ -59,29 +55,10 @@ def read(jobs: Jobs, draft: Draft) -> Reading:
     if not settings.texts:
         raise DraftError(f"{draft.name} is a draft of pictures, not of texts")
     job = Job(jobs.runs, "texts", draft.name)
-    with _starting:
-        if not _is_of(job, settings):
-            if process := job.process():
-                process.kill()  # it reads what the draft was before
-                process.wait()
-            job.file.parent.mkdir(parents=True, exist_ok=True)
-            job.log_file.unlink(missing_ok=True)
-            job.recipe_file.write_text(recipes.dump(settings), encoding="utf-8")
-            job.start("texts", str(job.recipe_file), "--json", alone=False)
+    job.ask(settings, READS, "texts")
     facts, busy = _said(job), job.alive()
     whole = "lengths" in facts
     return Reading(facts, busy and not whole, "" if whole or busy else job.complaint())
-
-
-def _is_of(job: Job, settings: recipes.Recipe) -> bool:
-    """Whether the process of a record reads, or has read, just these texts in this way."""
-    if not job.record() or not job.recipe_file.exists():
-        return False
-    theirs = recipes.load(job.recipe_file)
-    if any(getattr(theirs, name) != getattr(settings, name) for name in READS):
-        return False
-    file = Path(settings.texts)
-    return not file.is_file() or file.stat().st_mtime <= job.recipe_file.stat().st_mtime
 
 
 def _said(job: Job) -> dict[str, Any]:

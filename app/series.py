@@ -157,6 +157,11 @@ def _curves(rows: list[list[float]], count: int) -> list[Curve]:
     return [Curve([p[0] for p in points], [p[i] for p in points]) for i in range(1, count + 1)]
 
 
+def drawn(rows: int) -> int:
+    """How many whole points so many rows make on a curve: drawing it again before there is one more shows nothing."""
+    return rows // max(1, math.ceil(rows / POINTS))
+
+
 def thin(rows: list[list[float]], points: int = POINTS) -> list[list[float]]:
     """Means of equally many neighbours, so that at most `points` are left."""
     size = math.ceil(len(rows) / points)

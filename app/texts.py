@@ -136,7 +136,8 @@ class Texts:
         if number >= len(fields):
             raise DraftError("choose the form of the rows first")
         chosen = {n: c for n, c in given(draft).items() if n in fields} | {fields[number]: column}
-        entries = [f"{n}={c}" for n, c in {"form": kind, **chosen}.items() if c]
+        unused = OPTIONAL[kind]  # said aloud: what is called like the field would be recognised again
+        entries = [f"{n}={c or ''}" for n, c in {"form": kind, **chosen}.items() if c or n in unused]
         draft.change(text_columns=tuple(entries))
         return self.show(name)
 

@@ -8,14 +8,15 @@ from typing import Any
 
 import gradio as gr
 
-from app import figures, form
+from app import figures, form, planned
 from app.drafts import Draft, DraftError, learns, pictures_every, title
-from app.estimate import Estimate, estimate, pixels_of
+from app.estimate import Estimate, estimate, free_memory, pixels_of
 from app.jobs import Standing
 from app.place import Place
 from app.plainly import plainly
+from app.planned import Planned, streams
 from app.reading import read
-from app.series import Series
+from app.series import Series, drawn
 from zo_engine import dataset
 from zo_engine import recipe as recipes
 from zo_engine.hub import MODELS
@@ -26,7 +27,7 @@ ELSEWHERE = (  # not among the dials
     *("images", "trigger", "model"),
     *("texts", "text_columns", "skip_bad", "length", "completions_only"),
 )
-OF_TEXTS = ("answer_tokens", "temperature")
+OF_TEXTS = ("answer_tokens", "temperature", "task", "reward")
 OF_PICTURES = ("resolution", "caption", "caption_dropout", "prior", "sigma_mean", "sigma_std", "shift", "preview_steps",
                "guidance")  # fmt: skip
 DIALS = ("steps", "resolution", "prompts")
@@ -43,6 +44,7 @@ ALL = "the way so far"
 LOOK_AT_THE_PICTURES = "() => document.querySelector('#at')?.scrollIntoView({behavior: 'smooth', block: 'nearest'})"
 LOOK_AT_THE_RUN = "() => setTimeout(() => document.querySelector('#card')?.scrollIntoView({behavior: 'smooth'}), 700)"
 PERIOD, RESTING = 1.5, 4.0  # seconds between two looks at the run's folder, while it is live and else
+PLANNING = 1.0  # seconds between two looks for a plan that is being made
 
 
 class Training:
@@ -64,17 +66,15 @@ class Training:
                     with gr.Row():
                         self.fields["steps"] = form.component("steps", min_width=120, info="Or any number")
                         self.fields["resolution"] = form.component("resolution", min_width=220, scale=2)
+                    self.fields["prompts"] = form.component("prompts", label="Preview prompts", lines=4, max_lines=8)
             advanced = gr.Accordion("Advanced", open=False)
-        with advanced, gr.Tabs():
+        with advanced, gr.Tabs(overflow_behavior="wrap"):
             with gr.Tab("Every other setting"), gr.Row(elem_classes="qzo-form"):
                 for name in ADVANCED:
                     self.fields[name] = form.component(name, min_width=250)
-            with gr.Tab("Preview prompts"):
-                self.fields["prompts"] = form.component("prompts", lines=10)
             with gr.Tab("The same on the command line"):
                 load = gr.UploadButton("Load the settings of a recipe.toml", file_types=[".toml"], size="sm")
-                command = gr.Code(label="Command", language="shell", interactive=False)
-                toml = gr.Code(label="recipe.toml", interactive=False, max_lines=24)
+                same = gr.HTML(elem_id="same")
 
         with gr.Column(visible=False) as live:
             chooser = gr.Dropdown([], label="Run", interactive=True, elem_id="run")
@@ -105,7 +105,8 @@ class Training:
                 method = gr.HTML()
 
         self.form_order = list(self.fields)
-        about = [plan, start, length, command, toml]
+        planning = gr.Timer(PLANNING, active=False)
+        about = [plan, start, length, same, planning]
         view = [filled, *about, *self.fields.values()]
         timer = gr.Timer(PERIOD)
         watched = [seen, wanted, live, chooser, card, preview, save, stop, resume, compare, why, charts, method, at,
@@ -118,6 +119,7 @@ class Training:
             events = [field.input] if isinstance(field, gr.Dropdown | gr.Checkbox) else [field.blur, field.submit]
             changed = gr.on(events, change, [draft, filled, field], [filled, *about, field], **quiet)
             changed.failure(lambda: {}, None, filled, **quiet)  # what was refused is put right at the next look
+        planning.tick(plainly(self.planned), draft, about, trigger_mode="once", **quiet)
         length.input(plainly(self.length), [draft, filled, length], view, **quiet)
         start.click(plainly(self.start), draft, run, api_visibility="private").success(None, js=LOOK_AT_THE_RUN)
         load.upload(plainly(self.load), [draft, filled, load], view, **quiet)
@@ -142,7 +144,7 @@ class Training:
         somebody may be typing there. Without a draft there is nothing to type."""
         if not name:
             closed = [gr.update(interactive=False) for _ in self.form_order]
-            return [{}, self.plan(name), gr.Button(interactive=False), None, "", "", *closed]
+            return [{}, self.plan(name), gr.Button(interactive=False), None, "", gr.Timer(active=False), *closed]
         settings = self.place.drafts.open(name).recipe()
         now = {n: form.shown(n, getattr(settings, n)) for n in self.form_order}
         hidden = OF_PICTURES if settings.texts else OF_TEXTS
@@ -155,9 +157,27 @@ class Training:
         return [now | {"": hidden}, *self.about(name), *fields]
 
     def about(self, name: str) -> list:
-        """What stands around the fields: the plan, the button, the length, and the two texts."""
-        ready = gr.Button(interactive=not self.obstacle(name))
-        return [self.plan(name), ready, pace(self.place.drafts.open(name).recipe().steps), *self.texts(name)]
+        """What stands around the fields: the plan, the button, the length, the same in a terminal, and the clock that
+        waits for what a process still finds out."""
+        ready, steps = gr.Button(interactive=not self.obstacle(name)), self.place.drafts.open(name).recipe().steps
+        command, toml = self.texts(name)
+        same = figures.listing("Command", command) + figures.listing("Recipe", toml, "recipe.toml")
+        return [self.plan(name), ready, pace(steps), same, gr.Timer(active=self.unknown(name))]
+
+    def planned(self, name: str) -> list:
+        """What stands around the fields, once more is known."""
+        return [gr.skip()] * 5 if name not in self.place.drafts.names() or self.unknown(name) else self.about(name)
+
+    def unknown(self, name: str) -> bool:
+        """Whether a process still plans what a step of the draft will need."""
+        draft = self.place.drafts.open(name)
+        return streams(draft.recipe()) and not self.obstacle(name) and self.streamed(draft).busy
+
+    def streamed(self, draft: Draft) -> Planned | None:
+        """The plan of a draft whose blocks stream; None where all of the model stays on the device."""
+        if not streams(draft.recipe()):
+            return None
+        return planned.plan(self.place.jobs, draft, free_memory(draft.recipe().device, self.place.machine()))
 
     def change(self, field: str, name: str, filled: dict, value: Any) -> list:
         """Set one field of the draft's recipe by its name; what is impossible stays unset, and is said."""
@@ -235,17 +255,19 @@ class Training:
                 model,
                 ("size", f"{resolution.replace(',', ', ')} pixels"),
             ]
-        needs = estimate(settings, work, self.place.jobs, self.place.machine())
+        found = self.streamed(draft)
+        needs = estimate(settings, work, self.place.jobs, self.place.machine(), found.facts if found else {})
         rows = [
             *taught,
             ("length", f"{settings.steps:,} steps of {settings.batch_size} {unit}"),
             ("time", time_needed(needs)),
-            ("memory", f"about {figures.size(needs.memory)}, {figures.size(needs.free_memory)} free"),
+            *memory_needed(needs, found),
             ("disk", disk_needed(needs)),
         ]
         if waiting := self.place.jobs.live():
             rows.append(("begins", f"by itself, when {title(waiting[0])} has left the device"))
         short = [("bad", problem) for problem in needs.problems()]
+        short += [("bad", f"{found.complaint}.")] if found and found.complaint else []
         return figures.facts(title(name), rows, note="Time, memory and disk are estimates.") + figures.notes(short)
 
     # The run
@@ -322,8 +344,8 @@ class Training:
             "resume": (not standing.live and standing.state != "done", not standing.why_not_resume),
             "compare": (not standing.live, folder.style_file.exists()),
             "why": (standing.state, standing.why_not_resume),
-            "charts": (run, len(series.journal), len(series.evaluations), len(steps_drawn)),
-            "method": (run, len(series.journal)),
+            "charts": (run, drawn(len(series.journal)), drawn(len(series.evaluations)), len(steps_drawn)),
+            "method": (run, drawn(len(series.journal))),
             "at": (run, *steps_drawn),
             "previews": (run, shots, at, standing.live),
             "log": tuple(self.place.jobs.job(run).log(3)),
@@ -376,6 +398,23 @@ def time_needed(needs: Estimate) -> str:
         return "not known yet: the first step is timed before the rest begins to count"
     how = f"as {needs.source} went" if needs.exact else f"reckoned from {needs.source}"
     return f"about {figures.duration(needs.seconds)}, {how}"
+
+
+def memory_needed(needs: Estimate, found: Planned | None) -> list[tuple[str, str]]:
+    """What a step needs of the device, and where the rest of the model waits."""
+    free = f"{figures.size(needs.free_memory)} free"
+    if found is None or found.complaint:
+        most = f", most of it {needs.phase}" if needs.phase else ""
+        return [("memory", f"about {figures.size(needs.memory)}{most}; {free}")]
+    if not found.facts:
+        return [("memory", "being planned: a step is run without data, which takes some seconds")]
+    facts = found.facts
+    rows = [("memory", f"{figures.size(facts['device'])} at the peak of a step, by its plan; {free}")]
+    if not facts["away"]:
+        return [*rows, ("blocks", f"all {facts['blocks']} stay on the device, {facts['rows']} rows a pass")]
+    where = {"cpu": ("host memory", facts["host"]), "disk": ("the disk", facts["disk"])}[facts["tier"]]
+    waits = f"{facts['away']} of {facts['blocks']} stream from {where[0]}, where {figures.size(where[1])} lie"
+    return [*rows, ("blocks", f"{waits}; {facts['rows']} rows a pass, {figures.size(facts['moved'])} moved a step")]
 
 
 def disk_needed(needs: Estimate) -> str:

@@ -37,9 +37,10 @@ from app.place import Place  # noqa: E402
 from app.plainly import plainly  # noqa: E402
 from app.reading import Reading, read  # noqa: E402
 from app.result import Result  # noqa: E402
-from app.series import POINTS, Series  # noqa: E402
+from app.series import POINTS, Series, drawn  # noqa: E402
 from app.texts import Texts, given  # noqa: E402
 from app.train import ALL, ELSEWHERE, OF_PICTURES, OF_TEXTS, PARTS, Training, pictured  # noqa: E402
+from app.worker import WAITING, taken  # noqa: E402
 from zo_engine import chat as chats  # noqa: E402
 from zo_engine.hub import pixel_multiple  # noqa: E402
 from zo_engine.journal import Move, Step  # noqa: E402
@@ -47,6 +48,7 @@ from zo_engine.recipe import Recipe  # noqa: E402
 from zo_engine.run import Run  # noqa: E402
 
 CHECKOUT = Path(__file__).resolve().parent.parent
+web = httpx.Client(timeout=60)  # the machine may be busy
 
 
 @pytest.fixture
@@ -108,7 +110,7 @@ def test_the_worker_that_waits_is_light():
 def test_nothing_is_loaded_from_elsewhere(server):
     address, _ = server
     for page in ("/", "/config", "/theme.css"):
-        answer = httpx.get(address + page)
+        answer = web.get(address + page)
         assert answer.status_code == 200
         loaded = re.findall(r"""(?:src=|href=|url\(|@import\s)\s*["']?(https?://[^"'\s)>]+)""", answer.text)
         assert [url for url in loaded if not url.startswith(address)] == []
@@ -117,7 +119,7 @@ def test_nothing_is_loaded_from_elsewhere(server):
 
 def test_no_handler_is_a_public_endpoint(server):
     address, _ = server
-    found = httpx.get(f"{address}/gradio_api/info").json()
+    found = web.get(f"{address}/gradio_api/info").json()
     assert found["named_endpoints"] == {} and found["unnamed_endpoints"] == {}
 
 
@@ -131,7 +133,7 @@ def test_no_handler_is_a_public_endpoint(server):
     ],
 )
 def test_other_sites_are_refused(server, headers, method, code):
-    assert httpx.request(method, server[0] + "/", headers=headers).status_code == code
+    assert web.request(method, server[0] + "/", headers=headers).status_code == code
 
 
 def test_a_password_is_asked_for_and_cannot_be_guessed_for_ever():
@@ -158,7 +160,7 @@ def test_only_media_can_be_read(server):
     (run.previews / "000000" / "01.png").symlink_to(CHECKOUT / "assets" / "styles.png")
 
     def code(path: str) -> int:
-        return httpx.get(f"{address}/{path}").status_code
+        return web.get(f"{address}/{path}").status_code
 
     assert code(f"media/draft/woodcut/{thumb}") == 200
     assert code("media/run/shown/previews/000000/00.png") == 200 and code("media/run/shown/recipe.toml") == 200
@@ -178,11 +180,11 @@ def test_only_media_can_be_read(server):
 def test_a_caption_is_saved_over_the_wire_to_the_file_of_its_picture(server):
     address, place = server
     place.drafts.example("tarot")
-    config = httpx.get(f"{address}/config").json()
+    config = web.get(f"{address}/config").json()
     (grid,) = (c["id"] for c in config["components"] if c["props"].get("elem_id") == "pictures")
     given = ["tarot", "03_the_empress.jpg", "a ${crown} <b>of</b> {{gold}}"]
     asked = {"session_hash": "s", "component_id": grid, "fn_name": "save", "data": given}
-    answer = httpx.post(f"{address}/gradio_api/component_server", json=asked)
+    answer = web.post(f"{address}/gradio_api/component_server", json=asked)
     assert answer.json()["text"] == "trained as: tarot, a ${crown} <b>of</b> {{gold}}"
     folder = place.drafts.root / "tarot" / "images"
     assert (folder / "03_the_empress.txt").read_text() == given[2]
@@ -246,6 +248,10 @@ def test_a_zip_with_folders_repeats_and_rubbish(place, tmp_path):
     assert contents.pictures["10_moon/moon.png"].repeats == 10 and contents.captioned == 2
     assert "1 of 4 files cannot be used" in summary(draft, contents) and "broken.png" in summary(draft, contents)
     assert not (tmp_path / "evil.png").exists() and not (place.runs / "evil.png").exists()
+    assert "1 of 4 pictures cannot be used" in Training(place).obstacle(name)
+    assert Pictures(place).show(name)[3].visible and draft.leave_out() == 1
+    assert (draft.path / "removed" / "broken.png").exists() and not Pictures(place).show(name)[3].visible
+    assert Training(place).obstacle(name) == "" and len(draft.contents().pictures) == 3
 
 
 def test_another_picture_of_the_same_name_does_not_replace_the_first(place, tmp_path):
@@ -357,6 +363,23 @@ def test_texts_are_read_by_a_process_and_shown_as_the_model_reads_them(place, la
     place.jobs.job(name, "texts").process().kill()
 
 
+def test_a_recognised_column_can_be_left_out(place, tmp_path):
+    file = tmp_path / "quiz.jsonl"
+    rows = [{"prompt": f"{i} + 1?", "completion": str(i + 1), "choices": [str(i + 1), "?"]} for i in range(4)]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    name = Data(place).source(str(file))
+    page, draft = Texts(place), place.drafts.open(name)
+    draft.change(model=str(tmp_path / "no-model"))  # the rows are what this is about
+    assert said(place, name, whole=False).facts["mapping"]["choices"] == "choices"
+    page.column(2, name, "")
+    found = said(place, name, whole=False)
+    assert draft.recipe().text_columns == ("form=prompt", "choices=")
+    assert "choices" not in found.facts["mapping"] and not found.facts["choices"] and found.facts["examples"] == 4
+    assert page.columns(draft, found, "prompt")[2].value == ""
+    page.column(2, name, "choices")
+    assert said(place, name, whole=False).facts["choices"]
+
+
 def test_columns_that_fit_no_form_are_chosen_by_hand(place, tmp_path):
     file = tmp_path / "odd.csv"
     file.write_text("anfrage,antwort\nWer?,Ich\nWas?,Nichts\n")
@@ -376,7 +399,7 @@ def test_columns_that_fit_no_form_are_chosen_by_hand(place, tmp_path):
     found = said(place, name, whole=False)
     assert found.facts["form"] == "prompt" and found.facts["examples"] == 2 and "no model" in found.complaint
     page.column(2, name, "")  # "choices" stays unused
-    assert "choices" not in given(draft)
+    assert given(draft)["choices"] == ""
     assert "choose the form" in sentence(page.column, 9, name, "antwort")
 
 
@@ -389,7 +412,7 @@ def test_the_form_covers_every_setting_with_its_own_words(place):
         training.build(gr.State(""), gr.State(""), gr.State(""), gr.Tabs(), gr.Tab())
     assert set(training.fields) | set(ELSEWHERE) == set(form.FIELDS)
     for name, part in training.fields.items():
-        assert part.label == form.label(name)
+        assert part.label == ("Preview prompts" if name == "prompts" else form.label(name))
         assert name == "steps" or form.FIELDS[name].metadata["help"][1:] in part.info
         assert form.given(name, form.shown(name, form.FIELDS[name].default)) == form.FIELDS[name].default
 
@@ -454,6 +477,52 @@ def test_a_recipe_is_loaded_for_the_pictures_that_are_here(place, tmp_path):
     file.write_text("stepps = 3\n")
     assert "did you mean steps" in sentence(training.load, "woodcut", {}, str(file))
     assert draft.recipe().steps == 77
+
+
+def test_what_a_recipe_that_streams_needs_is_planned_before_the_start(place, tiny_folder):
+    training, draft = Training(place), place.drafts.example("tarot")
+    draft.change(model=str(tiny_folder), resolution="32x32", batch_size=2, directions=2, offload="disk")
+    job = place.jobs.job("tarot", "plan")
+    assert "being planned" in training.plan("tarot") and training.unknown("tarot")
+    assert training.planned("tarot") == [gr.skip()] * 5  # nothing is known that was not
+    while job.alive():
+        time.sleep(0.05)
+    known, record = json.loads(job.log()[-1]), job.record()
+    text = training.planned("tarot")[0]
+    assert f"{figures.size(known['device'])} at the peak of a step, by its plan" in text
+    blocks = known["blocks"]
+    assert f"{blocks} of {blocks} stream from the disk, where {figures.size(known['disk'])} lie" in text
+    draft.change(steps=12)  # no question of the plan
+    assert "by its plan" in training.plan("tarot") and job.record() == record
+    job.log_file.write_text("qzo: 0.01 GB are not enough; lower batch_size\n")
+    assert "0.01 GB are not enough; lower batch_size." in training.plan("tarot")
+    draft.change(offload="auto")
+    assert training.streamed(draft) is None and "by its plan" not in training.plan("tarot")
+
+
+def test_what_needs_most_memory_is_named(place):
+    draft = place.drafts.example("tarot")
+    draft.change(model="sd3.5-large", resolution="512")
+    text = Training(place).plan("tarot")
+    assert "most of it while the captions are encoded" in text and "first a download of 28.0 GB" in text
+    card = Models(place).cards("sd3.5-large", "image")
+    assert "28.0 GB to fetch" in card and "24.3 GB at most" in card and "here already" in card
+    assert "not measured here yet" in card
+    run = Run.create(place.runs / "swift", draft.recipe())
+    run.write_status("done", step=33, steps=33, seconds_per_step=60.0)
+    assert "33 min for 33 steps, as Swift went" in Models(place).cards("sd3.5-large", "image")
+
+
+def test_a_text_to_be_copied_is_text_and_can_be_saved():
+    html = figures.listing("Recipe", 'prompts = ["<b>&"]\n', "recipe.toml")
+    assert "&lt;b&gt;&amp;" in html and "<b>" not in html and "data-copy" in html
+    assert 'download="recipe.toml" href="data:text/plain;charset=utf-8,prompts%20%3D%20%5B%22%3Cb%3E%26' in html
+
+
+def test_a_download_says_how_fast_and_where_to():
+    html = figures.download(2 * 10**9, 12 * 10**9, 50e6, "/models/<hub>")
+    assert "2.0 GB</b> of 12.0 GB" in html and "50 MB a second, 3 min left" in html and "/models/&lt;hub&gt;" in html
+    assert "second" not in figures.download(1, 12 * 10**9)
 
 
 def test_what_is_short_is_said_before_the_start():
@@ -601,6 +670,28 @@ def test_a_run_is_found_again_stopped_killed_and_resumed(place, tiny_folder):
                 process.kill()
 
 
+@pytest.mark.skipif(os.name != "posix", reason="locks are inherited on POSIX alone")
+def test_who_starts_first_has_the_device_first(place):
+    """From the moment of the start on, not once its process has begun: a message to a chat cannot be faster."""
+    first, second = (place.jobs.job(name) for name in ("first", "second"))
+    try:
+        first.start("doctor")
+        assert taken(place.runs / ".jobs" / "device.lock") is None
+        second.start("doctor")
+        until(lambda: second.log() == [WAITING], second)
+        first.process().kill()
+        until(lambda: second.log()[-1] == "starting", second)
+    finally:
+        for job in (first, second):
+            if process := job.process():
+                process.kill()
+    while second.alive():
+        time.sleep(0.05)
+    held = taken(place.runs / ".jobs" / "device.lock")  # free again, however they ended
+    assert held is not None
+    os.close(held)
+
+
 def test_a_start_that_fails_says_why(place, tmp_path):
     name, job = "lost", place.jobs.job("lost")
     (place.runs / name).mkdir(parents=True)
@@ -644,6 +735,7 @@ def test_twenty_thousand_steps_are_thinned_and_read_once(place):
     with open(run.journal_file, "a") as file:
         file.write('ss": 0.5, "clip": 1.0, "step_size": 0.1, "slopes": [0.1]}\n')
     assert Series.of(run).journal[-1]["loss"] == 0.5 and len(Series.of(run).journal) == 20_001
+    assert drawn(POINTS - 1) < drawn(POINTS) and drawn(20_000) == drawn(20_010)  # a curve is drawn anew for a point
     run.trim(10)  # a resumed run cuts its journal
     assert len(Series.of(run).journal) == 10
 

@@ -364,6 +364,21 @@ def test_evaluation_error_is_the_standard_error(studio, tmp_path):
     assert json.loads(run.evaluations_file.read_text().splitlines()[0])["step"] == 0
 
 
+def test_the_first_previews_are_there_before_the_rest_and_before_anything_is_measured(studio, tmp_path, monkeypatch):
+    drawing = dataclasses.replace(studio.preview, prompts=list(studio.preview.text)[1:2] * (training.FIRST + 2))
+    run, seen, sample = Run.create(tmp_path / "run", studio.recipe), [], training.Drawing.sample
+
+    def watched(self, recipe, prompts=None, **how):
+        seen.append((len(prompts), len(list(run.previews.glob("000000/*.png"))), len(run.evaluations())))
+        return sample(self, recipe, prompts, **how)
+
+    monkeypatch.setattr(training.Drawing, "sample", watched)
+    go(dataclasses.replace(studio, preview=drawing), run.path, steps=1)
+    assert seen[:2] == [(training.FIRST, 0, 0), (2, training.FIRST, 0)]
+    with Image.open(run.previews / "000000" / f"{training.FIRST:02d}.png") as image:
+        assert image.info["seed"] == str(studio.recipe.preview_seed + training.FIRST)
+
+
 def test_previews_and_saving_on_request_leave_the_run_as_it_was(studio, tmp_path):
     """What is asked for comes after the step, and the steps are the same as without."""
     plain = go(studio, tmp_path / "plain")

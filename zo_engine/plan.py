@@ -502,10 +502,12 @@ def of(
         directions = (recipe.directions or DIRECTIONS) << recipes.DOUBLINGS
         work = Work(recipe.batch_size, length if pictures else recipe.length, size, recipe.depth, directions)
         memory, rows = memory or recipe.memory, rows or recipe.rows
+        offload = offload if recipe.offload == "auto" else recipe.offload
     model = skeleton(config, recipe.quantization if recipe else "nf4", work.dtype)
     if memory and memory != "auto":
         return fitting(model, work, parse_memory(memory), rows, offload)
-    return make(model, work, rows or max(1, TOKENS // work.tokens(model)))
+    streamed = len(block_names(model)) if recipe and not memory and recipe.offload in ("cpu", "disk") else 0
+    return make(model, work, rows or max(1, TOKENS // work.tokens(model)), streamed, offload)
 
 
 def as_dict(plan: Plan) -> dict:

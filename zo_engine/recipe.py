@@ -48,7 +48,8 @@ class Recipe:
     images: str = setting("", "folder of pictures, captions beside them as .txt")
     texts: str = setting("", "instead of pictures: a .jsonl, .json, .csv, .tsv, .parquet or .txt file, or a data set "
                          "of the hub, org/name or org/name:split")  # fmt: skip
-    text_columns: tuple[str, ...] = setting((), "columns of the texts as field=column, or form=name; empty: recognised")
+    text_columns: tuple[str, ...] = setting((), "columns of the texts as field=column (field= leaves one out), or "
+                                            "form=name; empty: recognised")  # fmt: skip
     skip_bad: bool = setting(False, "leave out rows of texts that cannot be used, instead of stopping")
     trigger: str = setting("", "the word that calls the style, put where captions say [trigger]")
     caption: str = setting("", "caption of pictures that have none")
@@ -124,8 +125,11 @@ class Recipe:
         if self.reward and (self.task or not self.texts):
             raise RecipeError("a reward judges answers to texts, without a task; give `texts` with the prompts")
         for entry in self.text_columns:
-            if not all(entry.partition("=")):
-                raise RecipeError(f"text_columns must look like field=column, such as prompt=question, not {entry!r}")
+            if not all(entry.partition("=")[:2]):
+                raise RecipeError(
+                    f"text_columns must look like field=column, such as prompt=question, not {entry!r}; field= leaves "
+                    "one out"
+                )
 
     def public(self) -> dict[str, Any]:
         """The settings that may leave the machine: without folders."""

@@ -201,7 +201,8 @@ def hub_rows(
 
 
 def recognise(rows: list[dict[str, Any]], given: dict[str, str], source: str = "the data") -> Mapping:
-    """The form of some rows; `given` maps fields to columns and wins over recognition; its "form" names the form.
+    """The form of some rows; `given` maps fields to columns and wins over recognition; its "form" names the form, and
+    a field with no column ("choices": "") is not used, whatever the columns are called.
 
     Raises DataError, naming the columns that there are and the forms that are possible.
     """
@@ -218,7 +219,7 @@ def recognise(rows: list[dict[str, Any]], given: dict[str, str], source: str = "
     for name, column in given.items():
         if not any(name in form.fields for form in FORMS):
             raise DataError(f"{name!r} is not a field of any form; possible are {possible}")
-        if column not in columns:
+        if column and column not in columns:
             near = difflib.get_close_matches(column, columns, n=1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
             raise DataError(f"{source} has no column {column!r}; its columns are {shown}{hint}")
@@ -227,6 +228,7 @@ def recognise(rows: list[dict[str, Any]], given: dict[str, str], source: str = "
         if not given.keys() <= form.fields.keys():
             continue
         found = {name: folded[n] for name, names in form.fields.items() for n in reversed(names) if n in folded} | given
+        found = {name: column for name, column in found.items() if column}
         if all(name in found or name in form.optional for name in form.fields):
             return Mapping(form.name, {name: found[name] for name in form.fields if name in found})
     raise DataError(f"{source} has the columns {shown}, which fit no form; possible are {possible}")

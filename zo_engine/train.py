@@ -54,6 +54,7 @@ from zo_engine.zo import ZO, trapezoid
 
 TOKENS = plan.TOKENS  # of one forward pass, where the recipe does not say how many rows: caches of a processor like it
 TELL = 1.0  # seconds between two reports of a long step
+FIRST = 4  # preview pictures that are written before the others are drawn
 TASK_ROWS = 1000  # of a task, that are learnt, as in MeZO; the held-out share comes beside
 PATIENCE = 20  # steps in a row without a finite loss, after which a run gives up
 
@@ -131,10 +132,15 @@ class Drawing:
 
     def write(self, run: Run, step: int, recipe: Recipe) -> None:
         """The preview prompts as single pictures and as one sheet."""
-        images = self.sample(recipe)
-        folder = run.previews / f"{step:06d}"
-        for i, (image, prompt) in enumerate(zip(images, self.prompts, strict=True)):
-            pictures.save_png(image, folder / f"{i:02d}.png", prompt=prompt, seed=recipe.preview_seed + i)
+        images, folder = [], run.previews / f"{step:06d}"
+        for start, end in ((0, FIRST), (FIRST, None)):  # the first of them are seen while the others are drawn
+            prompts = list(enumerate(self.prompts))[start:end]
+            if prompts:
+                seeds = [recipe.preview_seed + i for i, _ in prompts]
+                drawn = self.sample(recipe, [prompt for _, prompt in prompts], seeds=seeds)
+                for (i, prompt), image in zip(prompts, drawn, strict=True):
+                    pictures.save_png(image, folder / f"{i:02d}.png", prompt=prompt, seed=recipe.preview_seed + i)
+                images += drawn
         rows = [images[i : i + 8] for i in range(0, len(images), 8)]
         pictures.save_png(pictures.grid(rows, side=96), self.file(run, step))
 
@@ -897,6 +903,8 @@ def train(run: Run, studio: Studio, report: Callable[[dict], None], stop: thread
 
     run.write_status("running", **facts)
     run.asked()  # what was asked of a process that is gone is forgotten
+    if method.step == 0 and not studio.preview.file(run, 0).exists():  # first of all: somebody is waiting to see one
+        training.attempt("the preview at step 0", training.preview)
     while True:
         at_end, asked = method.step >= recipe.steps, run.asked()
         if method.step % recipe.evaluate_every == 0 or at_end or "save" in asked:
@@ -908,8 +916,8 @@ def train(run: Run, studio: Studio, report: Callable[[dict], None], stop: thread
         if "save" in asked:
             training.save_style()
             run.log(f"saved at step {method.step}, as asked")
-        due = method.step == 0 or at_end or (recipe.preview_every and method.step % recipe.preview_every == 0)
-        due = due or "preview" in asked
+        every = method.step and recipe.preview_every  # the one at step 0 is above
+        due = at_end or (every and method.step % every == 0) or "preview" in asked
         if due and not studio.preview.file(run, method.step).exists():
             training.attempt(f"the preview at step {method.step}", training.preview)
         if at_end or stop.is_set():
