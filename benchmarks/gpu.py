@@ -9,6 +9,7 @@ machine's memory or the time that is left is written with its reason. Without a 
 """
 
 import argparse
+import dataclasses
 import json
 import time
 from collections.abc import Callable
@@ -24,7 +25,7 @@ from zo_engine import plan
 from zo_engine.blocks import Prefix, levels
 from zo_engine.newton import FRESH, GaussNewton
 from zo_engine.noise import directions
-from zo_engine.offload import Mover, block_names
+from zo_engine.offload import Mover, block_names, end_names
 from zo_engine.plan import SHAPES, Work, skeleton
 from zo_engine.probes import GainSpace, GroupSpace, central, evaluate
 from zo_engine.run import write_atomic
@@ -86,7 +87,7 @@ def cases(tiny: bool) -> list[Case]:
 def build(config: dict, device: torch.device, dtype: torch.dtype, streamed: bool) -> nn.Module:
     """Block by block, so that the device never holds what streams. Codes are uniform, scales as of N(0, 1 / width)."""
     model = skeleton(config, "nf4", dtype)
-    names = block_names(model)
+    names, ends = block_names(model), end_names(model) if streamed else []
     generator = torch.Generator(device).manual_seed(0)
 
     def fill(module: nn.Module, home: torch.device) -> None:
@@ -113,13 +114,13 @@ def build(config: dict, device: torch.device, dtype: torch.dtype, streamed: bool
                 if buffer is not None and buffer.is_meta:  # positions: any finite numbers cost the same
                     part._buffers[name] = torch.ones(buffer.shape, dtype=buffer.dtype, device=home)
 
-    for name in names:
+    for name in (*names, *ends):
         fill(model.get_submodule(name), torch.device("cpu") if streamed else device)
     fill(model, device)
     if hasattr(model, "tie_weights"):
         model.tie_weights()
     if streamed:
-        model.mover = Mover(model, names, device, plan.SLOTS)
+        model.mover = Mover(model, names, device, plan.SLOTS, ends=ends)
     return model
 
 
@@ -236,12 +237,14 @@ def newton(model: nn.Module, work: Work, device: torch.device) -> Callable[[], o
 # The table
 
 
-def reckoned(case: Case, config: dict, dtype: torch.dtype) -> dict:
-    """What the planner says of a Gauss-Newton step, whatever the space: group space needs its scales' theta on top."""
+def reckoned(case: Case, config: dict, dtype: torch.dtype, like: dict | None) -> dict:
+    """What the planner says of a Gauss-Newton step, resident or with everything away that can be. like: the plan of the
+    other of these two, whose step allocates the same."""
     model = skeleton(config, "nf4", dtype)
     work = case.work(dtype)
-    blocks = len(block_names(model))
-    made = plan.make(model, work, max(1, plan.TOKENS // work.tokens(model)), blocks if case.streamed else 0)
+    away = len(block_names(model)) if case.streamed else 0
+    working = like["working"] if like else None
+    made = plan.make(model, work, max(1, plan.TOKENS // work.tokens(model)), away, ends=case.streamed, working=working)
     return plan.as_dict(made)
 
 
@@ -292,7 +295,8 @@ def main() -> None:
             break
         row = rows.setdefault(case.name, {"case": asdict(case)})
         if "planned" not in row and case.space == "gain":
-            row["planned"] = reckoned(case, config, torch.bfloat16 if not given.tiny else dtype)
+            other = rows.get(dataclasses.replace(case, streamed=not case.streamed).name, {}).get("planned")
+            row["planned"] = reckoned(case, config, torch.bfloat16 if not given.tiny else dtype, other)
         whole, blocks = plan.sizes(skeleton(config, "nf4", dtype))
         free = torch.cuda.mem_get_info(device)[0] if cuda else 0
         if not (cuda or given.tiny):

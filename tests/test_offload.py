@@ -14,14 +14,14 @@ from test_probes import BATCH, SPACES, probes_of, sd3_loss, some_theta
 from test_train import go
 from torch import nn
 
-from zo_engine import models, plan
+from zo_engine import models, offload, plan
 from zo_engine import train as training
 from zo_engine.apply import open_style
 from zo_engine.blocks import Level, Prefix, levels
 from zo_engine.models import Placement
 from zo_engine.newton import FRESH, GaussNewton
 from zo_engine.offload import Mover, OffloadError, block_names, tensors
-from zo_engine.probes import GainSpace, evaluate
+from zo_engine.probes import GainSpace, GroupSpace, evaluate
 from zo_engine.recipe import Recipe, RecipeError
 from zo_engine.scales import find_scales, prove_live
 from zo_engine.tasks.text import stack, token_features, token_losses
@@ -211,6 +211,81 @@ def test_at_home_between_visits_whatever_happens(streamed):
     assert not any("forward" in module.__dict__ for module in model.modules())
 
 
+# What stands at the two ends of a language model
+
+
+@pytest.fixture
+def ended(tmp_path, monkeypatch):
+    """ended(kind, away, disk, tied): a tiny model, and the same with its ends away, its vocabulary in five pieces."""
+    monkeypatch.setattr(offload, "PIECE", 64 * 64)
+
+    def load(kind="llama", away=4, disk=False, tied=True, quantization="nf4"):
+        folder = tiny.save_language_model(tmp_path / f"{kind}-{tied}", kind, tied=tied)
+        placement = Placement(away, 2, tmp_path / "store" if disk else None, ends=True)
+        return [
+            models.load_language_model(folder, quantization=quantization, placement=p) for p in (Placement(), placement)
+        ]
+
+    return load
+
+
+@pytest.mark.parametrize("kind", sorted(tiny.LANGUAGE_MODELS))
+def test_ends_that_wait_change_no_number(ended, kind):
+    resident, away = ended(kind, tied=kind not in ("phi", "phi3"))
+    batch = texts()
+    for read in (token_losses, token_features):
+        assert torch.equal(read(away, batch), read(resident, batch))
+    assert torch.allclose(logits(away), logits(resident), atol=1e-6)
+    assert len(away.mover.blocks) == 4 + 5
+    assert away.mover.loads >= 2 * 9
+
+
+@pytest.mark.parametrize(
+    ("away", "disk", "tied"), [(4, False, True), (0, False, False), (3, True, True), (4, True, False)]
+)
+def test_training_with_ends_away_writes_the_same_journal(ended, away, disk, tied):
+    resident, moved = ended("llama", away, disk, tied)
+    journal, theta = gauss_newton(resident)
+    found, there = gauss_newton(moved, relay=moved.mover.relay)
+    assert found == journal
+    assert torch.equal(there, theta)
+    assert theta.abs().sum() > 0
+
+
+def test_logits_by_pieces_are_the_logits_at_once(ended, monkeypatch):
+    resident, _ = ended()
+    batch = texts()
+    pieces = token_losses(resident, batch), token_features(resident, batch), token_features(resident, batch, 400)
+    monkeypatch.setattr(offload, "PIECE", 1 << 25)
+    whole = token_losses(resident, batch), token_features(resident, batch), token_features(resident, batch, 400)
+    for one, other in zip(pieces, whole, strict=True):
+        assert one.shape == other.shape
+        assert torch.allclose(one, other, rtol=1e-5, atol=1e-6)
+
+
+def test_a_plain_model_whose_output_layer_is_tuned_streams(ended):
+    outcome = []
+    for model in ended(quantization="none", tied=False):
+        space = GroupSpace(find_scales(model, ("dense",)), relative=False)
+        prove_live(space.views)
+        theta, probes, batch = some_theta(space), probes_of(space, count=3), texts()
+        outcome.append(evaluate(space, theta, probes, lambda index: token_losses(model, batch.take(index)), 2))  # noqa: B023
+    assert torch.equal(*outcome)
+
+
+def test_a_model_with_ends_away_answers_exports_and_closes(ended, tmp_path):
+    resident, away = ended()
+    ask = {"input_ids": texts().tokens, "max_new_tokens": 5, "do_sample": False}
+    assert torch.equal(away.generate(**ask), resident.generate(**ask))
+    assert away.lm_head.weight is away.model.embed_tokens.weight
+    assert models.code_hash(away) == models.code_hash(resident)
+    out = models.export_language_model(tmp_path / "llama-True", away, tmp_path / "out")
+    assert torch.equal(logits(models.load_language_model(out)), logits(resident))
+    away.mover.close()
+    assert type(away) is type(resident)
+    assert torch.equal(logits(away), logits(resident))
+
+
 def test_what_two_blocks_share_stays_on_the_device():
     class Twice(nn.Module):
         def __init__(self):
@@ -291,12 +366,12 @@ def recipes(recipe, tmp_path_factory) -> dict[str, Recipe]:
 def test_a_streamed_run_is_the_resident_run(recipes, what, tmp_path):
     read = {"pictures": test_train.results, "texts": test_text_train.results}[what]
     resident = go(training.prepare(recipes[what], tmp_path / "cache"), tmp_path / "resident")
-    for offload in ("cpu", "disk"):
-        asked = dataclasses.replace(recipes[what], offload=offload)
+    for tier in ("cpu", "disk"):
+        asked = dataclasses.replace(recipes[what], offload=tier)
         studio = training.prepare(asked, tmp_path / "cache")
-        run = go(studio, tmp_path / offload, stop_after=1)
+        run = go(studio, tmp_path / tier, stop_after=1)
         assert studio.model.mover.loads > 0
-        assert read(go(training.prepare(asked, tmp_path / "cache"), tmp_path / offload)) == read(resident)
+        assert read(go(training.prepare(asked, tmp_path / "cache"), tmp_path / tier)) == read(resident)
     styled = open_style(run.path, tmp_path / "cache")
     assert styled.model.mover.from_disk
     assert open_style(resident.path, tmp_path / "cache").model.__dict__.get("mover") is None

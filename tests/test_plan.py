@@ -36,7 +36,7 @@ def test_a_step_without_data_needs_what_a_step_needs(kinds, kind, rows, relay):
     planned, theta = plan.step(skeleton(config, dtype=torch.float32), work, rows, relay=relay)
     counted, same = plan.step(model, work, rows, device="cpu", relay=relay, short=False)
     assert theta == same
-    assert planned == pytest.approx(counted, rel=0.1)
+    assert planned == pytest.approx(counted, rel=0.05)
 
 
 @pytest.mark.parametrize(("kind", "quantization"), [("sd3", "nf4"), ("sd3", "int8"), ("llama", "nf4"), ("opt", "nf4")])
@@ -64,7 +64,7 @@ def test_less_memory_means_more_blocks_away_then_fewer_rows(kinds):
     assert tighter.device <= roomy.device - block
     least = plan.make(model, work, 1, 4, slots=2)
     tight = plan.fitting(model, work, least.device, rows=8)
-    assert tight.rows < 8 and tight.device <= least.device
+    assert (tight.rows < 8 or tight.ends) and tight.device <= least.device
     with pytest.raises(PlanError, match="are not enough: with one row a pass"):
         plan.fitting(model, work, 1000, rows=2)
 
@@ -79,15 +79,32 @@ def test_where_blocks_wait_is_counted(kinds):
     assert disk.moved < host.moved  # one visit serves all passes
 
 
-def test_what_moves_is_what_a_mover_moves(kinds, tmp_path):
+def test_ends_that_wait_are_counted(kinds):
+    for kind in ("llama", "opt"):
+        model, work = skeleton(kinds[kind][1], dtype=torch.float32), kinds[kind][2]
+        here, away = (plan.make(model, work, 8, 4, ends=ends, working=1000) for ends in (False, True))
+        outside, pieces = plan.end_sizes(model)
+        assert outside == away.ends == away.host - here.host == here.resident - away.resident
+        assert away.moved > here.moved and sum(pieces) <= outside
+        assert "the embedding waits there" in away.said() and "embedding" not in here.said()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("shape", "most"), [("opt-175b", 5e9), ("qwen3-32b", 2.5e9)])
+def test_the_largest_shapes_fit_small_cards(shape, most):
+    model = skeleton(SHAPES[shape])  # two sequences of 2,048 tokens at once, as the published figures
+    assert plan.make(model, Work(1, 2048), 2, len(block_names(model)), ends=True).device <= most
+
+
+@pytest.mark.parametrize(("tier", "ends"), [("cpu", False), ("cpu", True), ("disk", False)])
+def test_what_moves_is_what_a_mover_moves(kinds, tmp_path, tier, ends):
     _, config, work = kinds["llama"]
     folder = tiny.save_language_model(tmp_path / "model")
-    for tier in ("cpu", "disk"):
-        placement = models.Placement(4, 1, tmp_path / "store" if tier == "disk" else None)
-        model = models.load_language_model(folder, placement=placement)
-        made = plan.make(skeleton(config, dtype=torch.float32), work, 3, 4, tier, slots=1)
-        plan.step(model, work, 3, device="cpu", relay=4 if tier == "disk" else 0, short=False)
-        assert model.mover.moved == pytest.approx(made.moved, rel=0.2)  # a block may still lie in its slot
+    placement = models.Placement(4, 1, tmp_path / "store" if tier == "disk" else None, ends)
+    model = models.load_language_model(folder, placement=placement)
+    made = plan.make(skeleton(config, dtype=torch.float32), work, 3, 4, tier, slots=1, ends=ends, working=0)
+    plan.step(model, work, 3, device="cpu", relay=4 if tier == "disk" else 0, short=False)
+    assert model.mover.moved == pytest.approx(made.moved, rel=0.2)  # a block may still lie in its slot
 
 
 def test_published_shapes_have_their_published_sizes():

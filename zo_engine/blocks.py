@@ -108,15 +108,16 @@ class Prefix:
 
 
 def relayed(
-    blocks: Sequence[nn.Module], calls: Sequence[Callable[[], Any]], states: Sequence[Any] = (), done: int = 0
+    blocks: Sequence[nn.Module], calls: Sequence[Callable[[], Any]], states: list[Any] | None = None, done: int = 0
 ) -> list[Any]:
     """What the last of `blocks` answers to each call, block by block: one serves every call before the next begins.
 
     Where blocks come from elsewhere (`offload`), each comes once for all the calls. blocks: the first ones of the
-    model. states: the output of block `done` - 1 for each call, if some blocks are done. What precedes the blocks is
-    computed again for each of them, which is little; no number depends on the order.
+    model. states: the output of block `done` - 1 for each call, if some blocks are done; the list is used up, so that
+    no output is held longer than it is needed. What precedes the blocks is computed again for each of them, which is
+    little; no number depends on the order.
     """
-    states = list(states) or [None] * len(calls)
+    states = states or [None] * len(calls)
     for number in range(done, len(blocks)):
         for i, call in enumerate(calls):
             states[i] = _output(blocks[number], call, blocks[:number], states[i])

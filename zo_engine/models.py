@@ -44,7 +44,7 @@ from zo_engine.hub import (
     text_length,
     vae_scale,
 )
-from zo_engine.offload import Mover, block_names
+from zo_engine.offload import Mover, block_names, end_names
 from zo_engine.packed import PackedLinear, saved_scales, write_scales
 from zo_engine.quantize import (
     READ,
@@ -92,6 +92,7 @@ class Placement:
     away: int = 0
     slots: int = 2
     store: Path | None = None  # a folder: blocks stay in files, those of the model or a quantised copy made there
+    ends: bool = False  # whether a language model's embedding and output layer wait with them
 
 
 RESIDENT = Placement()
@@ -126,14 +127,16 @@ def load_language_model(
 
 def _placed(part: Path, placement: Placement, **how) -> nn.Module:
     """The model of a folder; where blocks stream, its attribute `mover` is what moves them."""
-    if not placement.away:
+    if not (placement.away or placement.ends):
         return load_quantized(part, **how)
     if placement.store:
         key = f"{model_key(part.parent, [part.name])}-{how['quantization']}-{str(how['dtype']).removeprefix('torch.')}"
         part = store_quantized(part, placement.store / key, **how)
-    model = load_quantized(part, **how, away=placement.away, mapped=placement.store is not None)
-    away = block_names(model)[: placement.away]
-    model.mover = Mover(model, away, how["device"], placement.slots, from_disk=placement.store is not None)
+    mapped = placement.store is not None
+    model = load_quantized(part, **how, away=placement.away, mapped=mapped, ends=placement.ends)
+    away, ends = block_names(model)[: placement.away], end_names(model) if placement.ends else []
+    if away or ends:
+        model.mover = Mover(model, away, how["device"], placement.slots, from_disk=mapped, ends=ends)
     return model
 
 

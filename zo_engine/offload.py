@@ -4,12 +4,16 @@ ZO2 (Wang et al., arXiv:2503.12668) uploads each block once a step, perturbs and
 Here codes and base scales are read-only and theta stays on the device, so nothing ever travels back, and a slot is
 free again as soon as its block has computed. While block i computes, the copy engine brings what followed i the last
 time: the order of visits is learnt from the model itself, so it also bridges passes, steps and evaluations. The device
-is told to wait by events; the host waits for nothing but a disk.
+is told to wait by events; the host waits for nothing but a disk, and for the ids that an embedding at home looks up.
 
 A block's tensors stand at home except while its `forward` runs: then, and only then, they are views into a slot.
 Whoever looks at the model in between (scales, styles, hashes, export) finds host tensors, and a scale that was replaced
 at home is noticed and brought along. On a CPU the slots are ordinary memory and the copies happen in the same order at
 the same moments, so bytes, visits and results can be checked without a GPU.
+
+What a language model has at its two ends may stay at home as well: the input embedding looks its few rows up where it
+lies, and the output layer is used by pieces of the vocabulary, which pass through the slots like blocks. A weight that
+both share is at home once.
 """
 
 from collections import Counter
@@ -22,8 +26,10 @@ from typing import Any
 import bitsandbytes as bnb
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import linear
 
 ALIGNED = 256  # bytes: where a tensor may begin inside a slot, as in the CUDA allocator
+PIECE = 1 << 25  # weights of an output layer that are used at once
 
 
 class OffloadError(ValueError):
@@ -42,6 +48,71 @@ def block_names(model: nn.Module, lists: Sequence[str] = ()) -> list[str]:
     if not outer:
         raise OffloadError(f"{type(model).__name__} has no list of blocks, so it cannot be streamed")
     return [f"{name}.{i}" for name in lists or outer for i in range(len(model.get_submodule(name)))]
+
+
+def end_names(model: nn.Module) -> list[str]:
+    """The input embedding and the plain output layer of a language model; nothing of any other model."""
+    if not hasattr(model, "get_output_embeddings"):
+        return []
+    ends = [m for m in (model.get_input_embeddings(), model.get_output_embeddings()) if m is not None]
+    return [n for n, m in model.named_modules() if any(m is end for end in ends) and _plain(m)]
+
+
+def _plain(module: nn.Module) -> bool:
+    return isinstance(module, nn.Embedding) or type(module) is nn.Linear
+
+
+def piece_rows(head: nn.Linear) -> list[tuple[int, int]]:
+    """(first, last + 1) of the rows of an output layer that are used at once, about PIECE weights."""
+    step = max(64, PIECE // head.in_features // 64 * 64)
+    return [(a, min(a + step, head.out_features)) for a in range(0, head.out_features, step)]
+
+
+def head_parts(head: nn.Module | None) -> list[Callable[[Tensor], Tensor]]:
+    """The forward of an output layer by pieces of its rows, in order; none where it cannot be taken apart: it is not
+    plain, or dressed (`probes`). Resident and streamed layers fall into the same pieces, so their numbers are equal."""
+    own = None if head is None else head.__dict__.get("forward")
+    if isinstance(own, Pieces):
+        return [part.__call__ for part in own.parts] if own.fresh else []
+    if own is not None or type(head) is not nn.Linear:
+        return []
+
+    def part(x: Tensor, first: int, stop: int) -> Tensor:
+        return linear(x, head.weight[first:stop], None if head.bias is None else head.bias[first:stop])
+
+    return [partial(part, first=a, stop=b) for a, b in piece_rows(head)]
+
+
+class Piece(nn.Module):
+    """Some rows of an output layer whose weight is at home."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None):
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(weight, requires_grad=False), bias  # the bias stays on the device
+
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(x, self.weight, self.bias)
+
+
+class Pieces:
+    """The forward of an output layer whose weight is at home, piece by piece."""
+
+    def __init__(self, head: nn.Linear, device: torch.device):
+        self.device = device
+        bias = [None if head.bias is None else head.bias[a:b] for a, b in piece_rows(head)]
+        self.parts = [Piece(head.weight.data[a:b], c) for (a, b), c in zip(piece_rows(head), bias, strict=True)]
+        self.head, self.home = head, head.weight.data
+
+    @property
+    def fresh(self) -> bool:
+        """Whether the layer still has the weight that it was taken apart with."""
+        return _same(self.head.weight.data, self.home)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if not self.fresh or x.device.type != self.device.type:  # a weight that is tuned, or a proof of it, at home
+            bias = self.head.bias
+            return linear(x, self.head.weight.to(x.device), None if bias is None else bias.to(x.device))
+        return torch.cat([part(x) for part in self.parts], -1)
 
 
 class Place:
@@ -141,10 +212,12 @@ class Mover:
         device: torch.device | str,
         slots: int = 2,
         from_disk: bool = False,
+        ends: Sequence[str] = (),
     ):
         """names: of the blocks that stream, in the order of their first visit. slots: blocks on the device at once.
-        from_disk: leave tensors mapped to their files, instead of taking them into (pinned) host memory."""
-        if slots < 1 or not names:
+        from_disk: leave tensors mapped to their files, instead of taking them into (pinned) host memory.
+        ends: input embedding and output layer, of those that wait in host memory as well (`end_names`)."""
+        if slots < 1 or not (names or ends):
             raise OffloadError(f"streaming needs a block and a slot at least, not {len(names)} and {slots}")
         self.model, self.device, self.from_disk = model, torch.device(device), from_disk
         found = {name: tensors(model.get_submodule(name)) for name in names}
@@ -162,6 +235,9 @@ class Mover:
         if not from_disk:
             for block in self.blocks:
                 block.gather(_host_memory(block.size, cuda))
+        self.streamed = [block.module for block in self.blocks]
+        self.ends = [model.get_submodule(name) for name in ends]
+        self._keep_ends(cuda)
         largest = max(block.size for block in self.blocks)
         self.slots = [Slot(largest, self.device) for _ in range(min(slots, len(self.blocks)))]
         if from_disk and cuda:
@@ -178,6 +254,33 @@ class Mover:
             block.module.forward = partial(self._visit, block, block.module.forward)
         self.open = True
 
+    def _keep_ends(self, cuda: bool) -> None:
+        """Let the embedding look up at home, and make blocks of the pieces of the output layer."""
+        for end in self.ends:
+            if cuda and not self.from_disk and not end.weight.data.is_pinned():  # tied weights are one parameter
+                pinned = _host_memory(end.weight.nbytes, cuda).view(end.weight.dtype).view(end.weight.shape)
+                end.weight.data = pinned.copy_(end.weight.data)
+        for end in self.ends:
+            if isinstance(end, nn.Embedding):
+                end.forward = partial(self._looked_up, end, end.forward)
+                continue
+            if end.bias is not None:
+                end.bias.data = end.bias.data.to(self.device)
+            end.forward = Pieces(end, self.device)
+            for number, piece in enumerate(end.forward.parts):
+                self.blocks.append(block := Block(f"output {number}", piece, tensors(piece)))
+                if not self.from_disk:
+                    block.pack = piece.weight.data.flatten().view(torch.uint8)
+        if self.ends:  # transformers takes the device of the first weight for that of the model
+            plain = type(self.model)
+            where = {"device": property(lambda model: model.mover.device), "__module__": plain.__module__}
+            self.model.__class__ = type(plain.__name__, (plain,), where)
+            self.plain = plain
+
+    def _looked_up(self, embedding: nn.Embedding, plain: Callable, ids: Tensor) -> Tensor:
+        """Rows of an embedding, taken where it lies: only they travel. The host has to know which, so it waits."""
+        return plain(ids.to(embedding.weight.device)).to(self.device)
+
     @property
     def size(self) -> int:
         """Bytes of device memory that the slots take."""
@@ -186,13 +289,15 @@ class Mover:
     @property
     def relay(self) -> list[nn.Module]:
         """The streamed blocks, where their way is so long that one visit should serve all passes of an evaluation."""
-        return [block.module for block in self.blocks] if self.from_disk else []
+        return self.streamed if self.from_disk else []
 
     def close(self) -> None:
         """Leave the model as it was found: tensors at home, no slot, forwards its own."""
         if self.open:
-            for block in self.blocks:
-                del block.module.forward
+            for module in (*(block.module for block in self.blocks), *self.ends):
+                del module.forward
+            if self.ends:
+                self.model.__class__ = self.plain
             if self.reader:
                 self.reader.shutdown()
             if self.copies:
@@ -278,7 +383,8 @@ class Mover:
                 self.copies.wait_event(slot.free)
             pack = slot.staging if slot.staging is not None else block.pack
             if pack is not None:
-                slot.buffer[: block.size].copy_(pack[: block.size], non_blocking=True)
+                size = min(block.size, len(pack))
+                slot.buffer[:size].copy_(pack[:size], non_blocking=True)
             for place, view, source in zip(block.places, slot.views, slot.sources, strict=True):
                 if pack is None or (slot.staging is None and not _same(source, place.home)):
                     view.copy_(source.view(view.shape), non_blocking=True)

@@ -31,7 +31,7 @@ from zo_engine import recipe as recipes
 from zo_engine.blocks import Prefix, Replay, answering, levels, relayed
 from zo_engine.hub import MODELS, find, is_language, read_json, text_length
 from zo_engine.newton import DAMPINGS, FRESH, GaussNewton
-from zo_engine.offload import Block, block_names, tensors
+from zo_engine.offload import ALIGNED, Block, block_names, end_names, piece_rows, tensors
 from zo_engine.probes import GainSpace, Probes, evaluate
 from zo_engine.recipe import DIRECTIONS
 from zo_engine.scales import find_scales
@@ -273,25 +273,27 @@ def _passes(
     total, done = len(probes.sign), len(replay.blocks) if replay else 0
     length = -(-total // math.ceil(total / rows))  # as `evaluate` splits them
     part = probes.rows(torch.arange(length))
-    result, others, waiting = None, [], None
+    relaying = relay > done and length < total
+    result, others, state, held, waiting = None, [], None, None, None
 
     def call() -> Tensor:
         with space.dressed(theta, part):
             return sample(part.sample)
 
     for _ in range(2 if length < total else 1):  # the second with what the others gave, which is held until the end
-        result = None
-        state = replay.rows(part.sample) if replay else None
+        result = state = held = None
+        state = held = replay.rows(part.sample) if replay else None  # held until the pass ends, where it is no relay
         skipped = blocks[:done]
-        if relay > done and length < total:
-            waiting = _grown(state, total)  # states of all passes, while one is computed
+        if relaying:  # states of the other passes: as they came, or as the block left them
+            held, waiting = None, _grown(state, total - length) if waiting is None else waiting
         if len(blocks) > done + 1:
             (state,) = relayed(blocks[: done + 1], [call], [state], done)
             skipped = blocks[:-1]
+            waiting = _grown(state, total - length) if relaying else None
         with answering(skipped, state):
             result = call()
         others = [_grown(result, total - length)] if length < total else []
-    del waiting
+    del held, waiting
     return torch.cat([*others, result])
 
 
@@ -321,6 +323,7 @@ class Plan:
     host: int  # blocks that wait in memory
     disk: int  # or in files
     moved: int  # to the device in the first step
+    ends: int = 0  # embedding and output layer, where they wait with the blocks
 
     @property
     def device(self) -> int:
@@ -331,8 +334,9 @@ class Plan:
         """In one line."""
         gigabytes = lambda size: f"{size / 1e9:.2f} GB"  # noqa: E731
         where = {"resident": "all blocks stay on the device", "cpu": "from host memory", "disk": "from disk"}[self.tier]
-        if self.away:
+        if self.tier != "resident":
             where = f"{self.away} of {self.blocks} blocks stream {where} through {self.slots} slots"
+            where += ", the output layer too, and the embedding waits there" if self.ends else ""
         return (
             f"{gigabytes(self.device)} of the device: weights {gigabytes(self.resident + self.streaming)}, a step "
             f"{gigabytes(self.working)}; {where}, {self.rows} rows a pass, {gigabytes(self.moved)} moved a step"
@@ -347,47 +351,66 @@ def sizes(model: nn.Module) -> tuple[int, list[int]]:
     ]
 
 
-def make(model: nn.Module, work: Work, rows: int, away: int = 0, tier: str = "cpu", slots: int = SLOTS) -> Plan:
-    """The plan of a model (of `skeleton`) whose first `away` blocks stream."""
-    return next(plans(model, work, rows, range(away, away + 1), tier, slots))
+def end_sizes(model: nn.Module) -> tuple[int, list[int]]:
+    """(bytes of the embedding and the output layer, bytes of each piece of the latter as it lies in a slot)."""
+    ends = [model.get_submodule(name) for name in end_names(model)]
+    weights = {id(end.weight): end.weight.nbytes for end in ends}  # once, if tied
+    heads = [end for end in ends if isinstance(end, nn.Linear)]
+    rows = [(b - a) * head.in_features * head.weight.itemsize for head in heads for a, b in piece_rows(head)]
+    return sum(weights.values()), [-(-size // ALIGNED) * ALIGNED for size in rows]
+
+
+def make(
+    model: nn.Module, work: Work, rows: int, away: int = 0, tier: str = "cpu", slots: int = SLOTS, ends: bool = False,
+    working: int | None = None,
+) -> Plan:  # fmt: skip
+    """The plan of a model (of `skeleton`) whose first `away` blocks stream, and its ends too if asked. working: what a
+    step allocates, where a plan of the same model and work has found that out (not from a disk)."""
+    return next(plans(model, work, rows, [(away, ends)], tier, slots, working))
 
 
 def plans(
-    model: nn.Module, work: Work, rows: int, aways: Iterable[int], tier: str = "cpu", slots: int = SLOTS
-) -> Iterator[Plan]:
-    """One plan for each number of blocks away."""
+    model: nn.Module, work: Work, rows: int, aways: Iterable[tuple[int, bool]], tier: str = "cpu", slots: int = SLOTS,
+    known: int | None = None,
+) -> Iterator[Plan]:  # fmt: skip
+    """One plan for each (number of blocks away, whether the ends are)."""
     whole, blocks = sizes(model)
+    outside, pieces = end_sizes(model)
     relay = tier == "disk"
-    working = {}
-    for away in aways:
+    working = {} if known is None else {0: known}
+    for away, ends in aways:
         shared = away if relay else 0
         if shared not in working:
             working[shared] = sum(step(model, work, rows, relay=shared))
-        streamed = blocks[:away]
-        held = min(slots, away)
-        room = held * max(streamed, default=0)
+        streamed, waiting = blocks[:away], outside if ends else 0
+        through = [*streamed, *(pieces if ends else [])]
+        held = min(slots, len(through))
+        room = held * max(through, default=0)
         yield Plan(
             rows=rows,
             blocks=len(blocks),
             away=away,
             slots=held,
-            tier=tier if away else "resident",
+            tier=tier if away or waiting else "resident",
             weights=whole,
-            resident=whole - sum(streamed),
+            resident=whole - sum(streamed) - waiting,
             streaming=room,
             working=working[shared],
-            host=room if relay else sum(streamed),
-            disk=sum(streamed) if relay else 0,
-            moved=_moved(model, work, rows, blocks, away, held, relay),
+            host=room if relay else sum(streamed) + waiting,
+            disk=sum(streamed) + waiting if relay else 0,
+            moved=_moved(model, work, rows, blocks, away, held, relay, sum(pieces) if ends else 0),
+            ends=waiting,
         )
 
 
-def _moved(model: nn.Module, work: Work, rows: int, blocks: list[int], away: int, slots: int, relay: bool) -> int:
+def _moved(
+    model: nn.Module, work: Work, rows: int, blocks: list[int], away: int, slots: int, relay: bool, head: int
+) -> int:
     """Bytes to the device in a Gauss-Newton step: each pass brings the streamed blocks that it computes, or the first
-    does, where they find room in the slots."""
+    does, where they find room in the slots; and the output layer, if that waits as well."""
 
     def brought(first: int, last: int, count: int) -> int:
-        once = relay or last - first <= slots
+        once = relay or (last - first <= slots and not head)
         return sum(blocks[first:last]) * (1 if once else math.ceil(count / rows))
 
     found, total, tried = levels(find_scales(model), work.depth), 0, FRESH * work.batch
@@ -395,16 +418,20 @@ def _moved(model: nn.Module, work: Work, rows: int, blocks: list[int], away: int
     for start, level in zip(first, found, strict=True):
         probes = level.share(work.directions) + 1
         total += brought(0, start, work.batch) + work.batch * brought(start, away, probes)
-    total += brought(0, first[-1], tried) + brought(first[-1], away, (len(DAMPINGS) + 1) * tried)
-    return total
+        total += work.batch * math.ceil(probes / rows) * head
+    tries = (len(DAMPINGS) + 1) * tried
+    return total + brought(0, first[-1], tried) + brought(first[-1], away, tries) + math.ceil(tries / rows) * head
 
 
 def fitting(model: nn.Module, work: Work, memory: int, rows: int = 0, tier: str = "cpu", slots: int = SLOTS) -> Plan:
     """The plan for a device of so many bytes: as many blocks stay as fit (tier "resident": all), with rows as wanted;
-    fewer rows only where it is too much even so. Raises PlanError where nothing fits."""
+    where it is too much even so, the ends of a language model go as well, and then rows become fewer. Raises PlanError
+    where nothing fits."""
     blocks = len(block_names(model))
     rows = rows or max(1, TOKENS // work.tokens(model))
-    aways = range(1) if tier == "resident" else range(blocks + 1)
+    aways = [(away, False) for away in range(1 if tier == "resident" else blocks + 1)]
+    if tier != "resident" and end_sizes(model)[0]:
+        aways += [(away, True) for away in range(blocks + 1)]
     while True:
         best = None
         for plan in plans(model, work, rows, aways, tier, slots):

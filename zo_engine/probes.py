@@ -180,9 +180,11 @@ class GainSpace(Space):
                     wide = view.widened(gain(columns))
                     x = (x * wide.view(*lead, view.in_features)).to(x.dtype)
                 y, g = plain(x), gain(rows).view(*lead, view.out_features)
-                if view.bias is None:
-                    return (y * g).to(y.dtype)
-                return torch.addcmul(view.bias * (1 - g), y, g).to(y.dtype)  # the bias is not scaled
+                shift = None if view.bias is None else view.bias * (1 - g)  # the bias is not scaled
+                if torch.is_grad_enabled():
+                    return (y * g if shift is None else torch.addcmul(shift, y, g)).to(y.dtype)
+                # The same in y's own memory: gains are wider than a half-precision y, and so were the product.
+                return y.mul_(g) if shift is None else torch.addcmul(shift, y, g, out=y)
 
             return _by_rows(view, forward, len(direction)) if probes else forward
 

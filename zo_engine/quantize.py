@@ -43,7 +43,7 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 
 from zo_engine import packed
 from zo_engine.hub import IMPOSSIBLE, ModelError, check_index, find_weights, first_line, open_shard, read_json, some
-from zo_engine.offload import block_names
+from zo_engine.offload import block_names, end_names
 from zo_engine.run import appearing
 
 MADE = ("nf4", "fp4", "int8", "none")  # what a plain model can be loaded as
@@ -109,6 +109,7 @@ def load_quantized(
     dtype: torch.dtype = torch.float32,
     away: int = 0,
     mapped: bool = False,
+    ends: bool = False,
 ) -> nn.Module:
     """A diffusers model, or a causal language model of transformers, from `folder` (config.json and safetensors).
 
@@ -118,7 +119,8 @@ def load_quantized(
     flat, contiguous, one per 64 weights of the row-major weight; int8 scales are fp32, one per row, in
     `layer.state.SCB`; those of GPTQ and AQLM are fp32 [out, groups], in `layer.scales`.
     away: the first so many blocks (`offload.block_names`) are quantised on `device`, and wait in host memory; `mapped`:
-    as pages of the folder's files, if bitsandbytes quantised it already.
+    as pages of the folder's files, if bitsandbytes quantised it already. ends: so do a language model's embedding and
+    output layer (`offload.end_names`).
     Raises ModelError for whatever is wrong with the folder.
     """
     if quantization not in QUANTIZATIONS:
@@ -128,7 +130,8 @@ def load_quantized(
     with Checkpoint(folder) as checkpoint:
         model, formats, dense = _outlined(checkpoint, quantization, dtype)
         waiting = block_names(model)[:away] if away else []
-        mapped = mapped and bool(away) and all(_statistics(checkpoint, f"{n}.weight", f) for n, f in formats.items())
+        waiting += [name for name in end_names(model) if ends and name not in formats]
+        mapped = mapped and bool(waiting) and all(_statistics(checkpoint, f"{n}.weight", f) for n, f in formats.items())
         homes = {name: torch.device("cpu") if _within(name, waiting) else device for name in (*formats, *dense)}
         room = {
             name: _room(model, name, format, checkpoint, homes[name])

@@ -531,15 +531,16 @@ def place(
     made = plan.fitting(model, work, memory, recipe.rows, tier)
     notes.append(f"planned for {memory / 1e9:.2f} GB: {made.said()}")
     recipe = dataclasses.replace(recipe, rows=made.rows, offload=made.tier)
-    return recipe, models.Placement(made.away, made.slots, cache_folder / "blocks" if made.tier == "disk" else None)
+    store = cache_folder / "blocks" if made.tier == "disk" else None
+    return recipe, models.Placement(made.away, made.slots, store, made.ends > 0)
 
 
 def streaming(offload: str, part: Path, cache_folder: Path) -> models.Placement:
-    """Every block away, or none: what `offload` says alone."""
+    """Every block away, and the ends of a language model, or nothing: what `offload` says alone."""
     if offload not in ("cpu", "disk"):
         return models.RESIDENT
     blocks = len(plan.block_names(plan.skeleton(read_json(part / "config.json"))))
-    return models.Placement(blocks, plan.SLOTS, cache_folder / "blocks" if offload == "disk" else None)
+    return models.Placement(blocks, plan.SLOTS, cache_folder / "blocks" if offload == "disk" else None, ends=True)
 
 
 def free(device: torch.device) -> int:

@@ -4,9 +4,10 @@ A batch is right-padded and a model is causal, so padding stands behind everythi
 randomness is an argument: which examples a step sees is a pure function of (seed, step, stream).
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
-from functools import partial
+from functools import cache, partial
 
 import numpy as np
 import torch
@@ -16,6 +17,7 @@ from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel, 
 from transformers.generation import TemperatureLogitsWarper, TopPLogitsWarper
 
 from zo_engine.newton import DAMPINGS
+from zo_engine.offload import head_parts
 from zo_engine.tasks.diffusion import TRAINING, turns
 from zo_engine.texts import Message
 from zo_engine.tokens import IGNORED, Tokens, beginning_ids, prompt_ids
@@ -57,9 +59,10 @@ def token_losses(model: nn.Module, batch: Batch) -> Tensor:
     """Mean cross-entropy of the learnt tokens, one per example [B], reduced in fp32 (fp64 stays fp64).
 
     As the loss of transformers' causal models (`loss_utils.ForCausalLMLoss`) on each example alone. Logits are widened
-    to fp32 one example at a time: with a vocabulary of 10^5 they would outgrow everything else.
+    to fp32 one example at a time: with a vocabulary of 10^5 they would outgrow everything else. Where the output layer
+    is large they are not even made at once: see `Reading`.
     """
-    return torch.stack([_mean_loss(row, label) for row, label in _predictions(model, batch)])
+    return torch.stack([reading.loss() for reading in _readings(model, batch, 0)])
 
 
 def token_features(model: nn.Module, batch: Batch, most: int = FEATURES) -> Tensor:
@@ -74,40 +77,124 @@ def token_features(model: nn.Module, batch: Batch, most: int = FEATURES) -> Tens
     position's features are added up in `most` / positions buckets with random signs (count sketch, Charikar, Chen,
     Farach-Colton 2002): inner products, all that the method reads, stay right in expectation over the signs.
     """
-    rows = []
-    for logits, label in _predictions(model, batch):
-        learnt = label != IGNORED
-        roots = (logits.softmax(-1) * (2 * learnt[:, None] / learnt.sum())).sqrt()  # [places, V]
-        rows.append(torch.cat([_mean_loss(logits, label)[None], sketched(roots, most // len(label)).flatten()]))
-    return torch.stack(rows)
+    return torch.stack([torch.cat([r.loss()[None], r.features().flatten()]) for r in _readings(model, batch, most)])
 
 
-def sketched(values: Tensor, buckets: int) -> Tensor:
+def sketched(values: Tensor, buckets: int, start: int = 0, size: int = 0) -> Tensor:
     """[n, V] -> [n, buckets], or the values themselves where V is no more: entry i is added to bucket i % buckets, with
-    a sign that belongs to i alone. By sums of slices, in the same order on every device."""
-    buckets, size = max(1, buckets), values.shape[1]
+    a sign that belongs to i alone. By sums of slices, in the same order on every device.
+
+    start, size: the values are a piece, from `start` on, of [n, size]; the sketches of all pieces add up to its own."""
+    buckets, stop = max(1, buckets), start + values.shape[1]
+    size = size or stop
     if size <= buckets:
-        return values
-    signs = torch.randint(0, 2, (size,), generator=torch.Generator().manual_seed(0)).mul_(2).sub_(1)
-    signed = values * signs.to(values.device, values.dtype)
-    return pad(signed, (0, -size % buckets)).unflatten(1, (-1, buckets)).sum(1)
+        return pad(values, (start, size - stop)) if values.shape[1] < size else values
+    signed = values * _signs(size, str(values.device))[start:stop].to(values.dtype)
+    return pad(signed, (start % buckets, -stop % buckets)).unflatten(1, (-1, buckets)).sum(1)
 
 
-def _predictions(model: nn.Module, batch: Batch) -> Iterator[tuple[Tensor, Tensor]]:
-    """Of every example (logits [n, V] in fp32 or wider, labels [n]) at the positions where some example learns: logits
-    are made for no others."""
+@cache
+def _signs(size: int, device: str) -> Tensor:
+    return torch.randint(0, 2, (size,), generator=torch.Generator().manual_seed(0)).mul_(2).sub_(1).to(device)
+
+
+class Reading:
+    """Logits of one example [n, V] at its places, read at once or by pieces of the vocabulary, each used and dropped.
+
+    By pieces the softmax is made as it goes (Milakov, Gimelshein, arXiv:1805.02867): sums and sketch are kept in units
+    of exp(highest logit so far). That differs from what is read at once by rounding alone.
+    """
+
+    def __init__(self, labels: Tensor, most: int):
+        """labels: [n]. most: features at most; with 0 there are none."""
+        self.labels, self.buckets, self.most = labels, most // max(1, len(labels)), most
+        self.logits: Tensor | None = None  # where they come at once
+
+    def add(self, logits: Tensor, start: int, size: int) -> None:
+        """Logits [n, v] in fp32 or wider of the tokens from `start` on, of `size` in all."""
+        if logits.shape[1] == size:
+            self.logits = logits
+            return
+        if start == 0:
+            self.top = logits.new_full((len(logits),), torch.finfo(logits.dtype).min)
+            self.total, self.right, self.sketch = torch.zeros_like(self.top), torch.zeros_like(self.top), 0.0
+        inside = (self.labels >= start) & (self.labels < start + logits.shape[1])
+        index = (self.labels - start).clamp(0, logits.shape[1] - 1)
+        self.right = torch.where(inside, logits.gather(1, index[:, None])[:, 0], self.right)
+        top = torch.maximum(self.top, logits.amax(1))
+        before = (self.top - top).exp()  # what was summed so far, in the new unit
+        mine = (logits - top[:, None]).exp_()
+        self.top, self.total = top, self.total * before + mine.sum(1)
+        if self.most:
+            self.sketch = self.sketch * before.sqrt()[:, None] + sketched(mine.sqrt_(), self.buckets, start, size)
+
+    def loss(self) -> Tensor:
+        """Mean cross-entropy of the learnt tokens."""
+        if self.logits is not None:
+            return cross_entropy(self.logits, self.labels, ignore_index=IGNORED)
+        learnt = self.labels != IGNORED
+        return ((self.top + self.total.log() - self.right) * learnt).sum() / learnt.sum()
+
+    def features(self) -> Tensor:
+        """[n, V], or [n, buckets] where V is more."""
+        learnt = self.labels != IGNORED
+        share = 2 * learnt[:, None] / learnt.sum()
+        if self.logits is not None:
+            return sketched((self.logits.softmax(-1) * share).sqrt(), self.buckets)
+        return self.sketch * (share / self.total[:, None]).sqrt()
+
+
+def _readings(model: nn.Module, batch: Batch, most: int) -> Iterator[Reading]:
+    """The logits of every example at the positions where some example learns: they are made for no others."""
     following = batch.labels[:, 1:]
     places = (following != IGNORED).any(0).nonzero().flatten()
-    logits = model(
-        input_ids=batch.tokens, attention_mask=batch.mask, use_cache=False, logits_to_keep=places
-    ).logits  # [B, places, V]
-    wide = torch.promote_types(logits.dtype, torch.float32)
-    for row, label in zip(logits, following[:, places], strict=True):
-        yield row.to(wide), label
+    labels = following[:, places]
+    call = partial(model, input_ids=batch.tokens, attention_mask=batch.mask, use_cache=False, logits_to_keep=places)
+    head = model.get_output_embeddings()
+    parts = head_parts(head)
+    if len(parts) < 2:
+        for row, label in zip(_wide(call().logits), labels, strict=True):
+            reading = Reading(label, most)
+            reading.add(row, 0, row.shape[1])
+            yield reading
+        return
+    asked, kinds = [], []  # what the output layer is asked, and how the layers before it answer
+    base, size, start = model.get_decoder(), head.out_features, 0
+
+    def answered(*args, plain: Callable = base.forward, **kwargs):
+        kinds.append(type(answer := plain(*args, **kwargs)))
+        return answer
+
+    with _answering(base, answered), _answering(head, lambda x: asked.append(x) or x[..., :1]):
+        call()
+    readings = [Reading(label, most) for label in labels]
+    again = lambda *_, **__: kinds[0](last_hidden_state=asked[0])  # noqa: E731
+    for part in parts:  # the model's own way from there to logits, for a piece of them
+        with _answering(base, again), _answering(head, part):
+            logits = model(input_ids=batch.tokens, use_cache=False).logits  # [B, places, v]
+        for reading, row in zip(readings, _wide(logits), strict=True):
+            reading.add(row, start, size)
+        start += logits.shape[-1]
+    yield from readings
 
 
-def _mean_loss(logits: Tensor, label: Tensor) -> Tensor:
-    return cross_entropy(logits, label, ignore_index=IGNORED)
+def _wide(logits: Tensor) -> Iterator[Tensor]:
+    """Row by row in fp32 or wider."""
+    return (row.to(torch.promote_types(row.dtype, torch.float32)) for row in logits)
+
+
+@contextmanager
+def _answering(module: nn.Module, answer: Callable) -> Iterator[None]:
+    """The module with another forward."""
+    before = module.__dict__.get("forward")
+    module.forward = answer
+    try:
+        yield
+    finally:
+        if before is None:
+            del module.forward
+        else:
+            module.forward = before
 
 
 @dataclass(frozen=True)
@@ -235,7 +322,7 @@ def likelihoods(model: nn.Module, options: Sequence[Tokens], rows: int = 64) -> 
     The score of a candidate answer in MeZO (Malladi et al., arXiv:2305.17333, appendix E): the log-probability of its
     tokens after the prompt, divided by their number.
     """
-    device = next(model.parameters()).device
+    device = model.device
     parts = [stack(options[i : i + rows]).to(device) for i in range(0, len(options), rows)]
     return -torch.cat([token_losses(model, part) for part in parts])
 
