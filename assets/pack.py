@@ -61,7 +61,7 @@ def gptq(
         }
 
     settings = {"bits": bits, "group_size": group, "sym": symmetric, "desc_act": desc_act, "checkpoint_format": layout}
-    return _write(folder, out, packed, {"quant_method": "gptq", **settings, "lm_head": False})
+    return write(folder, out, packed, {"quant_method": "gptq", **settings, "lm_head": False})
 
 
 def aqlm(folder: Path, out: Path, *, codebooks: int = 2, bits: int = 8, rounds: int = ROUNDS) -> Path:
@@ -82,7 +82,7 @@ def aqlm(folder: Path, out: Path, *, codebooks: int = 2, bits: int = 8, rounds: 
         }
 
     settings = {"in_group_size": VECTOR, "out_group_size": 1, "num_codebooks": codebooks, "nbits_per_codebook": bits}
-    return _write(folder, out, packed, {"quant_method": "aqlm", **settings})
+    return write(folder, out, packed, {"quant_method": "aqlm", **settings})
 
 
 def _rounded(weight: Tensor, bits: int, symmetric: bool, one: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -169,7 +169,7 @@ def _encoded(vectors: Tensor, book: Tensor) -> Tensor:
     return codes[:, 0]
 
 
-def _write(folder: Path, out: Path, packed: Callable[[Tensor], dict[str, Tensor]], settings: dict) -> Path:
+def write(folder: Path, out: Path, packed: Callable[[Tensor], dict[str, Tensor]], settings: dict) -> Path:
     """A copy of the folder in which `packed` tensors stand for the weights that transformers would quantise."""
     folder, out = Path(folder), Path(out)
     out.mkdir(parents=True)

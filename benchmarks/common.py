@@ -3,6 +3,7 @@
 import json
 import platform
 import subprocess
+import sys
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 
 RESULTS = Path(__file__).parent / "results"
 CHECKOUT = Path(__file__).parent.parent
+sys.path[:0] = [str(CHECKOUT), str(CHECKOUT / "assets")]  # scripts of the repository import from here
 
 
 def circumstances() -> dict[str, Any]:

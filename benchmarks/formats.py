@@ -1,9 +1,13 @@
-"""Memory of a training step of a language model in each format: the model, what a plain forward of the same rows needs,
-and what the step needs beside the model. Each format in a process of its own; a CPU's resident memory.
+"""Memory of a training step of a language model in each format: is it model, activations of a forward, and theta?
 
     python benchmarks/formats.py [--width 512] [--blocks 6] [--tokenizer assets/models/tiny-llm]
 
-The model is random: memory does not depend on what its weights are.
+Formats that the result file has with the same settings are not measured again: remove it to begin anew.
+
+Counted: the bytes of the model's tensors, of theta, and of a Gauss-Newton step's directions and features. Measured, in
+a process of its own for each format: a CPU's resident memory at the peak of a plain forward of ROWS rows, and of a step
+of each method in passes of as many rows, above what it was before. "beyond" is what a step took that model, forward,
+theta and what its method counts do not explain. The model is random: memory does not depend on what its weights are.
 """
 
 import argparse
@@ -13,22 +17,28 @@ import multiprocessing
 import os
 import re
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from common import CHECKOUT, save
+from common import CHECKOUT, RESULTS, save
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from assets import pack
 from zo_engine import models
 from zo_engine import train as training
+from zo_engine.newton import GaussNewton
 from zo_engine.recipe import Recipe
 from zo_engine.run import Run
 
-FORMATS = {"plain fp32": "none", "int8": "int8", "nf4": "nf4", "gptq 4-bit g64": "gptq", "aqlm 2x8": "aqlm"}
-BATCH = 16
+GPTQ = {f"gptq {bits}-bit g64": bits for bits in (2, 3, 4, 8)}
+AQLM = {"aqlm 2x8": (2, 8), "aqlm 1x16": (1, 16)}
+FORMATS = {"plain fp32": "none", "int8": "int8", "nf4": "nf4", "fp4": "fp4"}
+FORMATS |= dict.fromkeys(GPTQ, "gptq") | dict.fromkeys(AQLM, "aqlm")
+ROWS = 16
 METHODS = {
-    "gauss-newton": {},  # of the last third of the blocks
+    "gauss-newton": {"batch_size": 4},  # of the last third of the blocks; one example after the other, so few will do
     "gain, sgd": {"optimizer": "sgd", "depth": 1.0, "directions": 1},
     "group, sgd": {"optimizer": "sgd", "depth": 1.0, "directions": 1, "space": "group"},
 }
@@ -46,9 +56,23 @@ def build(folder: Path, width: int, blocks: int, tokenizer: Path) -> dict[str, P
     LlamaForCausalLM(config).save_pretrained(folder / "plain")
     words.save_pretrained(folder / "plain")
     made = dict.fromkeys(FORMATS, folder / "plain")
-    made["gptq 4-bit g64"] = pack.gptq(folder / "plain", folder / "gptq")
-    made["aqlm 2x8"] = pack.aqlm(folder / "plain", folder / "aqlm", rounds=0)
-    return made
+    made |= {name: pack.gptq(folder / "plain", folder / name, bits=bits) for name, bits in GPTQ.items()}
+    return made | {name: random_aqlm(folder / "plain", folder / name, *shape) for name, shape in AQLM.items()}
+
+
+def random_aqlm(folder: Path, out: Path, books: int, bits: int) -> Path:
+    """An AQLM copy whose codes and codebooks have nothing to do with the weights: to fit 65,536 vectors takes hours."""
+
+    def packed(weight: torch.Tensor) -> dict[str, torch.Tensor]:
+        kind, count = (torch.int8, 2**7) if bits <= 8 else (torch.int16, 2**15)
+        return {
+            "codes": torch.randint(-count, count, (len(weight), weight.shape[1] // pack.VECTOR, books), dtype=kind),
+            "codebooks": torch.randn(books, 2**bits, 1, pack.VECTOR).half(),
+            "scales": torch.full((len(weight), 1, 1, 1), 0.02).half(),
+        }
+
+    shape = {"in_group_size": pack.VECTOR, "out_group_size": 1, "num_codebooks": books, "nbits_per_codebook": bits}
+    return pack.write(folder, out, packed, {"quant_method": "aqlm", **shape})
 
 
 def resident(peak: bool = False) -> float:
@@ -69,8 +93,8 @@ def measure(format: str, folder: Path, texts: Path, scratch: Path, directions: i
         "model": str(folder),
         "quantization": FORMATS[format],
         "holdout": 0.25,
-        "batch_size": BATCH,
-        "rows": BATCH,
+        "batch_size": ROWS,
+        "rows": ROWS,
         "evaluate_items": 16,
         "preview_every": 0,
         "directions": directions,
@@ -81,7 +105,7 @@ def measure(format: str, folder: Path, texts: Path, scratch: Path, directions: i
     found["resident after loading"] = resident() - before
     tensors = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in _tensors(studio.model)}
     found["model"] = sum(tensors.values()) / MB
-    batch = studio.task.batch(0, BATCH)
+    batch = studio.task.batch(0, ROWS)
     for _ in ("first", "warm"):
         forget()
         base = resident()
@@ -93,11 +117,43 @@ def measure(format: str, folder: Path, texts: Path, scratch: Path, directions: i
         run = training.Training(Run(scratch / format / name), mine)
         forget()
         base = resident()
-        run.step()
+        with recorded(mine.task) as features:
+            run.step()
         found[f"step: {name}"] = resident(peak=True) - base
         found[f"theta: {name}"] = mine.space.layout.size * 4 / MB
+        found[f"directions and features: {name}"] = counted(run.method, max(features, default=0)) / MB
+        explained = ("plain forward", f"theta: {name}", f"directions and features: {name}")
+        found[f"beyond: {name}"] = found[f"step: {name}"] - sum(found[part] for part in explained)
         del run
     answer.send(found)
+
+
+@contextmanager
+def recorded(task) -> Iterator[list[int]]:
+    """How many numbers the outcomes of one row were, pass by pass."""
+    sizes, outcomes = [], task.outcomes
+
+    def outcomes_counted(batch):
+        rows = outcomes(batch)
+        sizes.append(rows.shape[1])
+        return rows
+
+    outcomes_counted.__name__ = outcomes.__name__
+    task.outcomes = outcomes_counted
+    try:
+        yield sizes
+    finally:
+        del task.outcomes
+
+
+def counted(method, features: int) -> int:
+    """Bytes of what a step's method holds: its directions; of Gauss-Newton also the outcomes of an example's rows, what
+    they differ by, and the columns they are joined to."""
+    if not isinstance(method, GaussNewton):
+        return method.per_step * method.layout.size * 4
+    counts = method.counts(0)
+    z = sum(count * part.size for count, part in zip(counts, method.parts, strict=True))
+    return 4 * (z + 3 * sum(counts) * features)
 
 
 def _tensors(model: torch.nn.Module):
@@ -105,25 +161,32 @@ def _tensors(model: torch.nn.Module):
     for layer in models.quantized_layers(model).values():
         if hasattr(layer, "quant_state"):
             yield layer.quant_state.absmax
+        if hasattr(layer, "init_8bit_state"):
+            yield layer.state.SCB
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--width", type=int, default=512)
     parser.add_argument("--blocks", type=int, default=6)
-    parser.add_argument("--directions", type=int, default=128, help="of each level of a Gauss-Newton step")
+    parser.add_argument("--directions", type=int, default=96, help="of each level of a Gauss-Newton step")
     parser.add_argument("--tokenizer", type=Path, default=CHECKOUT / "assets" / "models" / "tiny-llm")
     given = parser.parse_args()
     # what is freed goes back to the system at once, else a peak would hold what is long gone
     os.environ |= {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
     spawn = multiprocessing.get_context("spawn")
-    figures, settings = {}, {n: getattr(given, n) for n in ("width", "blocks", "directions")}
+    settings = {n: getattr(given, n) for n in ("width", "blocks", "directions")} | {"rows": ROWS}
+    file = RESULTS / "formats.json"
+    before = json.loads(file.read_text()) if file.exists() else {}
+    figures = before["megabytes"] if settings.items() <= before.items() else {}  # of a run that was broken off
     with tempfile.TemporaryDirectory() as name:
         scratch = Path(name)
         texts = scratch / "texts.jsonl"
         rows = [{"prompt": f"is the {i}th plate of soup warm", "completion": "it is warm"} for i in range(64)]
         texts.write_text("".join(json.dumps(row) + "\n" for row in rows))
         for format, folder in build(scratch, given.width, given.blocks, given.tokenizer).items():
+            if format in figures:
+                continue
             ours, theirs = spawn.Pipe(duplex=False)
             child = spawn.Process(
                 target=measure, args=(format, folder, texts, scratch / "runs", given.directions, theirs)
@@ -133,7 +196,8 @@ def main() -> None:
             figures[format] = {what: round(value, 2) for what, value in ours.recv().items()}
             child.join()
             print(format, json.dumps(figures[format]), flush=True)
-    print(save("formats", {**settings, "batch": BATCH, "megabytes": figures}))
+            save("formats", {**settings, "megabytes": figures})
+    print(file)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from assets import pack
-from zo_engine import packed, quantize
+from zo_engine import hub, packed, quantize
 from zo_engine import recipe as recipes
 from zo_engine import train as training
 from zo_engine.apply import open_style
@@ -27,7 +27,7 @@ from zo_engine.models import code_hash, export_language_model, load_language_mod
 from zo_engine.noise import directions
 from zo_engine.probes import GainSpace, GroupSpace, Probes, central, evaluate
 from zo_engine.recipe import Recipe
-from zo_engine.scales import ScaleError, find_scales, formats_of, prove_live
+from zo_engine.scales import QUANTISED, ScaleError, find_scales, formats_of, prove_live
 from zo_engine.style import make_method
 from zo_engine.tasks.text import stack
 
@@ -361,9 +361,57 @@ def test_train_resume_apply_inspect_and_export(qzo, folder, base, texts, tmp_pat
     assert not torch.equal(logits(styled.model), ours)
 
 
-def changed(model: nn.Module) -> nn.Module:
+@pytest.mark.parametrize("space", ["group", "absolute"])
+def test_codebooks_move_in_place_of_scales(qzo, folder, texts, tmp_path, space):
+    run, out, file = tmp_path / "run", tmp_path / "exported", tmp_path / "recipe.toml"
+    settings = {"moves": "codebooks", "space": space, "optimizer": "sgd", "steps": 3, "step_size": 1e-4, "depth": 1.0}
+    file.write_text(recipes.dump(recipe(folder("2x8"), texts, "aqlm", **settings)))
+    assert qzo("train", file, "--out", run)[0] == 0
+    assert qzo("export", run, out)[0] == 0
+    before, after = (load_file(f / "model.safetensors") for f in (folder("2x8"), out))
+    differ = {n for n in before if before[n].dtype != after[n].dtype or not torch.equal(before[n], after[n])}
+    styled = open_style(run, tmp_path)
+    assert styled.space.layout.size == 28 * 2 * 256 * 8
+    assert differ == {n for n in before if n.endswith(".codebooks")}
+    with styled.at(1.0):
+        same = logits(styled.model)
+    assert {layer.codebooks.dtype for layer in quantized_layers(styled.model).values()} == {torch.float16}  # put back
+    ours = logits(load_language_model(out, quantization="aqlm"))
+    torch.testing.assert_close(ours, same, rtol=0, atol=0.02)  # rounded to fp16
+    assert not torch.equal(logits(styled.model), ours)
+    journal = [json.loads(qzo("apply", run / f"{style}.safetensors", "fine 1", "--json")[1])[0]["answer"]
+               for style in ("style", "style-journal")]  # fmt: skip
+    assert journal[0] == journal[1]
+
+
+def test_probes_of_codebooks_are_models_with_these_codebooks(folder, model):
+    base = model("1x10")
+    space = GroupSpace(find_scales(base, ("codebooks",)), relative=False)
+    theta = 0.01 * torch.randn(space.layout.size, generator=torch.Generator().manual_seed(0))
+    z = torch.randn(2, space.layout.size, generator=torch.Generator().manual_seed(1))
+    tokens = torch.arange(20).view(2, 10)
+    loss = lambda rows: base(input_ids=tokens[rows]).logits.square().mean((1, 2))  # noqa: E731
+    probes = central(z, 0.05, 2, own=False)
+    found, own = evaluate(space, theta, probes, loss), load_language_model(folder("1x10"), quantization="aqlm")
+    parts = space.layout.split(theta + 0.05 * z[1])
+    for name, layer in quantized_layers(own).items():
+        layer.codebooks = layer.codebooks.float() + parts[f"{name}.groups"].view(layer.codebooks.shape)
+    with torch.no_grad():
+        expected = own(input_ids=tokens).logits.square().mean((1, 2))
+    torch.testing.assert_close(found[2:4], expected, rtol=1e-5, atol=1e-6)
+    assert (found[2:4] != found[:2]).all()
+
+
+@pytest.mark.parametrize("wrong", [{"space": "gain"}, {"space": "group", "quantization": "gptq"}])
+def test_codebooks_are_of_aqlm_and_no_gains(wrong):
+    settings = {"moves": "codebooks", "quantization": "aqlm", "optimizer": "sgd", "texts": "x"}
+    with pytest.raises(recipes.RecipeError, match='is for quantization "aqlm" in the space "group" or "absolute"'):
+        Recipe(**settings | wrong)
+
+
+def changed(model: nn.Module, formats: tuple[str, ...] = QUANTISED) -> nn.Module:
     generator = torch.Generator().manual_seed(1)
-    for view in find_scales(model).values():
+    for view in find_scales(model, formats).values():
         view.put(view.base * (0.1 * torch.randn(view.base.shape, generator=generator)).exp())
     return model
 
@@ -409,6 +457,59 @@ def rounded_logits(model: nn.Module) -> torch.Tensor:
     return logits(model)
 
 
+def as_older_packers(folder: Path, out: Path, shards: bool = False) -> Path:
+    """The folder as AutoGPTQ wrote it: other names of files, and quantize_config.json in place of the config's part."""
+    shutil.copytree(folder, out)
+    config = json.loads((out / "config.json").read_text())
+    settings = config.pop("quantization_config")
+    (out / "config.json").write_text(json.dumps(config))
+    kept = {name: settings[name] for name in ("bits", "group_size", "desc_act", "sym")}
+    (out / "quantize_config.json").write_text(json.dumps(kept))
+    name, tensors = f"gptq_model-{kept['bits']}bit-{kept['group_size']}g", load_file(out / "model.safetensors")
+    (out / "model.safetensors").unlink()
+    save_file({}, out / "gptq_model-8bit-128g.safetensors")  # another size beside it
+    if not shards:
+        save_file(tensors, out / f"{name}.safetensors", {"format": "pt"})
+        return out
+    index = {}
+    for number, part in enumerate((sorted(tensors)[::2], sorted(tensors)[1::2]), 1):
+        shard = f"{name}-0000{number}-of-00002.safetensors"
+        save_file({n: tensors[n] for n in part}, out / shard, {"format": "pt"})
+        index |= dict.fromkeys(part, shard)
+    (out / f"{name}.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
+    return out
+
+
+@pytest.mark.parametrize("shards", [False, True])
+@pytest.mark.parametrize("name", ["gptq", "one_group"])
+def test_the_names_that_gptq_packers_give_are_read_and_exported_as_transformers_calls_them(
+    folder, model, tmp_path, name, shards
+):
+    old, out = as_older_packers(folder(name), tmp_path / "old", shards), tmp_path / "out"
+    hub.check(old)
+    read = load_language_model(old, quantization="gptq")
+    assert torch.equal(logits(read), logits(model(name))) and inspect(old)["quantization"] == "gptq"
+    export_language_model(old, changed(read), out)
+    index = ["model.safetensors.index.json"]
+    files = [f"model-0000{n}-of-00002.safetensors" for n in (1, 2)] + index if shards else ["model.safetensors"]
+    assert sorted(f.name for f in out.iterdir() if "safetensors" in f.name) == files
+    assert json.loads((out / "config.json").read_text())["quantization_config"]["quant_method"] == "gptq"
+    assert torch.equal(logits(load_language_model(out, quantization="gptq")), rounded_logits(read))
+
+
+def test_names_of_gptq_packers_are_for_gptq_of_that_size_alone(folder, tmp_path):
+    old = as_older_packers(folder("gptq"), tmp_path / "old")
+    (old / "gptq_model-4bit-64g.safetensors").unlink()
+    with pytest.raises(ModelError, match="has gptq_model-8bit-128g.safetensors, but its config says 4bit-64g"):
+        hub.check(old)
+    (old / "quantize_config.json").unlink()
+    with pytest.raises(ModelError, match="does not say that it is quantised by gptq"):
+        hub.check(old)
+    both = ["config.json", "model.safetensors", "gptq_model-4bit-128g.safetensors", "quantize_config.json"]
+    assert hub.wanted_files(both) == ["config.json", "model.safetensors", "quantize_config.json"]
+    assert hub.wanted_files([*both[:1], *both[2:]]) == sorted([*both[:1], *both[2:]])
+
+
 def test_a_scale_too_large_for_its_file_is_refused(folder, tmp_path):
     model = load_language_model(folder("gptq"), quantization="gptq")
     layer = next(iter(quantized_layers(model).values()))
@@ -449,12 +550,13 @@ def test_gptqmodel_computes_the_same(folder, tmp_path, monkeypatch):
     torch.testing.assert_close(logits(stock), ours, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("formats", [("aqlm",), ("codebooks",)])
 @pytest.mark.parametrize("name", AQLM)
-def test_aqlm_computes_the_same(folder, tmp_path, name):
+def test_aqlm_computes_the_same(folder, tmp_path, name, formats):
     pytest.importorskip("aqlm")
     numba = pytest.importorskip("numba")
     numba.set_num_threads(1)  # its kernel for 2x8 has a data race
-    model = changed(load_language_model(folder(name), quantization="aqlm"))
+    model = changed(load_language_model(folder(name), quantization="aqlm"), formats)
     out = export_language_model(folder(name), model, tmp_path / "out")
     stock = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32, device_map="cpu")
     ours = logits(load_language_model(out, quantization="aqlm"))

@@ -19,7 +19,9 @@ from zo_engine.recipe import Recipe
 from zo_engine.rewards import RewardError
 from zo_engine.style import load_style
 from zo_engine.tasks.reward import SAMPLES
+from zo_engine.tasks.text import answers as replies
 from zo_engine.tasks.text import token_losses
+from zo_engine.texts import Message
 from zo_engine.tokens import IGNORED
 
 OWN = """
@@ -129,7 +131,11 @@ def test_a_lesson_is_the_better_answers_weighted_by_what_they_are_worth(studio):
     lesson, again = task.lesson(0, size), task.lesson(0, size)
     assert torch.equal(lesson.tokens, again.tokens) and not torch.equal(lesson.tokens, task.lesson(1, size).tokens)
     asked = task.batch(0, SAMPLES * size)
-    worth = 1 - task.losses(asked)
+    first, others = asked.take(torch.arange(size)), asked.take(torch.arange(size, SAMPLES * size))
+    likeliest = replies(studio.model, task.tokenizer, [(Message("user", task.prompts[n].text),) for n in first.number],
+                        most=task.most)  # fmt: skip
+    worth = torch.cat([torch.tensor([sum(c.isupper() for c in text) / 12 for text in likeliest]),
+                       1 - task.losses(others)])  # fmt: skip
     expected = sorted(((worth - worth.mean()).clamp(min=0)).tolist(), reverse=True)[:size]
     expected = torch.tensor([w for w in expected if w])
     torch.testing.assert_close(lesson.weight, expected / expected.mean())

@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import pyarrow.parquet
 import pytest
 import tiny
 import torch
@@ -20,6 +21,26 @@ from zo_engine.templates import TASKS, cases, exact_match, f1, named
 from zo_engine.tokens import IGNORED
 
 SUN = {"premise": "The sun rose.", "hypothesis": "It is day.", "label": 1}
+# The columns of the hub's data sets, as the cards of their repositories list them (dataset_info), in their notation;
+# most of those that no template reads are left out.
+LABEL = {"class_label": {"names": {"0": "no", "1": "yes"}}}
+STRINGS = {"sequence": "string"}
+HUB = {
+    "sst2": {"sentence": "string", "label": LABEL, "idx": "int32"},
+    "rte": {"premise": "string", "hypothesis": "string", "idx": "int32", "label": LABEL},
+    "cb": {"premise": "string", "hypothesis": "string", "idx": "int32",
+           "label": {"class_label": {"names": {"0": "entailment", "1": "contradiction", "2": "neutral"}}}},
+    "boolq": {"question": "string", "answer": "bool", "passage": "string"},
+    "wsc": {"text": "string", "span1_index": "int32", "span1_text": "string", "span2_text": "string", "label": LABEL},
+    "wic": {"word": "string", "sentence1": "string", "sentence2": "string", "start1": "int32", "label": LABEL},
+    "multirc": {"paragraph": "string", "question": "string", "answer": "string", "label": LABEL},
+    "copa": {"premise": "string", "choice1": "string", "choice2": "string", "question": "string", "label": LABEL},
+    "record": {"passage": "string", "query": "string", "entities": STRINGS, "answers": STRINGS},
+    "squad": {"title": "string", "context": "string", "question": "string", "answers": {
+        "sequence": [{"name": "text", "dtype": "string"}, {"name": "answer_start", "dtype": "int32"}]}},
+    "drop": {"passage": "string", "question": "string", "answers_spans": {
+        "sequence": [{"name": "spans", "dtype": "string"}, {"name": "types", "dtype": "string"}]}},
+}  # fmt: skip
 # task: (two rows of its data set, what is asked of the first one, what goes on from there, the right ones of both)
 ROWS = {
     "sst2": (
@@ -106,6 +127,34 @@ def test_what_is_asked(name, tmp_path):
     assert (found[0].candidates or found[0].answers) == following
     assert [case.right or case.answers[0] for case in found] == right
     assert found[0].target == (following[right[0][0]] if found[0].candidates else f" {following[0]}\n")
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_a_repository_laid_out_as_the_hubs_gives_the_same_question(name, tmp_path, monkeypatch):
+    """The loader of `datasets` itself, on a folder with the repository's card and Parquet files."""
+    datasets, (row, *_), prompt = pytest.importorskip("datasets"), *ROWS[name][:2]
+    task, blank = TASKS[name], {"string": "", "int32": 0}
+    config = task.subset or {"squad": "plain_text"}.get(name, "default")
+    columns = [{"name": c, **(kind if "sequence" in kind else {"dtype": kind})} for c, kind in HUB[name].items()]
+    row = {c: row.get(c, blank.get(kind) if isinstance(kind, str) else None) for c, kind in HUB[name].items()}
+    for column, kind in HUB[name].items():  # a list of objects is stored as an object of lists
+        if isinstance(kind, dict) and isinstance(kind.get("sequence"), list):
+            row[column] = {part["name"]: row[column].get(part["name"], []) for part in kind["sequence"]}
+    folder = tmp_path / task.repo / config
+    folder.mkdir(parents=True)
+    for split in ("train", "validation"):
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist([row]), folder / f"{split}-00000-of-00001.parquet")
+    files = [{"split": split, "path": f"{config}/{split}-*"} for split in ("train", "validation")]
+    facts = {
+        "configs": [{"config_name": config, "data_files": files}],
+        "dataset_info": [{"config_name": config, "features": columns}],
+    }
+    (folder.parent / "README.md").write_text(f"---\n{json.dumps(facts)}\n---\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    for split in ("train", "validation"):
+        (found,) = cases(task, split=split)
+        assert found.prompt == prompt and found == cases(task, str(file_of(tmp_path, name)))[0]
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """A recipe that trains a language model: the loss falls, resuming and replaying are exact, results load elsewhere."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -179,6 +180,24 @@ def test_an_exported_folder_loads_in_stock_transformers_with_equal_logits(studio
     assert AutoTokenizer.from_pretrained(folder).chat_template == tiny.CHATML
     with pytest.raises(ModelError, match="exists already"):
         styled.export(folder)
+
+
+@pytest.mark.parametrize("kind", tiny.LANGUAGE_MODELS)
+def test_every_class_learns_and_its_export_is_the_same_model_to_stock_transformers(recipe, tmp_path, kind):
+    folder = tiny.save_language_model(tmp_path / "model", kind)
+    studio = training.prepare(dataclasses.replace(recipe, model=str(folder)), tmp_path)
+    run = go(studio, tmp_path / "run", steps=3, directions=24)
+    first, *later = run.evaluations()
+    assert min(e["loss"] for e in later) < first["loss"]
+    styled = open_style(run.path, tmp_path)
+    stock = AutoModelForCausalLM.from_pretrained(styled.export(tmp_path / "exported"), dtype=torch.float32)
+    assert type(stock) is type(studio.model)
+    for layer in training.models.quantized_layers(stock).values():
+        layer.support_avx512bf16_for_cpu = False
+    batch = stack(studio.task.held_out)
+    with torch.no_grad(), styled.at(1.0):
+        ours = styled.model(input_ids=batch.tokens, attention_mask=batch.mask).logits
+        assert torch.equal(stock(input_ids=batch.tokens, attention_mask=batch.mask).logits, ours)
 
 
 # The command line

@@ -213,7 +213,7 @@ def open_style(
     placement = streaming(offload, folder if language else folder / "transformer", Path(cache_folder))
     dtype = pick_dtype(recipe.dtype, where)
     base = load(folder, quantization=recipe.quantization, device=where, dtype=dtype, placement=placement)
-    views = find_scales(base, formats_of(recipe.quantization))
+    views = find_scales(base, formats_of(recipe.quantization, recipe.moves))
     space = make_space(views, recipe)
     theta = theta_of(style, space, models.code_hash(base), where)
     prove_live(views)

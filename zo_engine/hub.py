@@ -32,6 +32,8 @@ WEIGHTED_PARTS = ("transformer", "vae", "text_encoder", "text_encoder_2", "text_
 PARTS = (*WEIGHTED_PARTS, "tokenizer", "tokenizer_2", "tokenizer_3", "scheduler")
 WEIGHT_NAMES = ("diffusion_pytorch_model.safetensors", "model.safetensors")  # diffusers' and transformers'
 WEIGHTS = re.compile(r"(diffusion_pytorch_)?model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
+# What AutoGPTQ and gptqmodel write, and look for before the names above; transformers knows them not.
+GPTQ_WEIGHTS = re.compile(r"gptq_model-(\d+bit-(-1|\d+)g)(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
 PICKLES = ("*.bin", "*.ckpt", "*.pt", "*.pth", "*.pkl")
 
 
@@ -129,6 +131,7 @@ TOKENIZERS = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")  # o
 LANGUAGE_FILES = (
     *TOKENIZERS,
     *("config.json", "generation_config.json", "special_tokens_map.json", "added_tokens.json"),
+    "quantize_config.json",
     *("vocab.json", "vocab.txt", "merges.txt", "spiece.model", "chat_template*", "LICENSE*"),
 )
 
@@ -226,9 +229,42 @@ def language_files(names: list[str]) -> list[str]:
     """The files of a language model among those of a repository: its config, tokenizer, chat template and safetensors.
     No pickles, no variants, no code. Raises ModelError where there are no safetensors."""
     weights = [name for name in names if WEIGHTS.fullmatch(name)]
+    weights = weights or [name for name in names if GPTQ_WEIGHTS.fullmatch(name)]
     if not weights:
         raise ModelError("the repository has no safetensors weights (model.safetensors); pickles are never loaded")
     return sorted(weights + [name for name in names if any(fnmatch(name, wish) for wish in LANGUAGE_FILES)])
+
+
+def language_config(folder: Path) -> dict:
+    """The config.json of a language model. Where older GPTQ packers put how they quantised beside it, into
+    quantize_config.json, that is its quantization_config, as later ones write it."""
+    config, beside = read_json(folder / "config.json"), folder / "quantize_config.json"
+    if "quantization_config" not in config and "model_type" in config and beside.exists():
+        settings = read_json(beside)
+        method = settings.get("quant_method") or "gptq"  # which all were, when this was left unsaid
+        config["quantization_config"] = settings | {"quant_method": method}
+    return config
+
+
+def weight_files(folder: Path) -> list[str]:
+    """The names of a folder's safetensors files and of their index: model.safetensors and the like, or those that
+    GPTQ's packers give, of the bits and the group size that the config says. Several sizes may lie side by side."""
+    names = sorted(path.name for path in folder.iterdir())
+    if usual := [name for name in names if WEIGHTS.fullmatch(name)]:
+        return usual
+    packed = {name: match[1] for name in names if (match := GPTQ_WEIGHTS.fullmatch(name))}
+    if not packed:
+        return []
+    settings = language_config(folder).get("quantization_config") or {}
+    if not isinstance(settings, dict) or settings.get("quant_method") != "gptq":
+        raise ModelError(
+            f"{folder} has {next(iter(packed))}, which is named as GPTQ's packers do, but its config.json does not say "
+            "that it is quantised by gptq; download it again"
+        )
+    size = f"{settings.get('bits')}bit-{settings.get('group_size')}g"
+    if found := [name for name, said in packed.items() if said == size]:
+        return found
+    raise ModelError(f"{folder} has {some(list(packed))}, but its config says {size}; download it again")
 
 
 def pipeline_files(names: list[str]) -> list[str]:
@@ -344,19 +380,26 @@ def _refuse_file(path: Path) -> None:
     raise ModelError(f"{path} is a single file; give a diffusers folder (with model_index.json in it)")
 
 
+def stock_name(name: str) -> str:
+    """What transformers calls a file of weights that GPTQ's packers named."""
+    match = GPTQ_WEIGHTS.fullmatch(name)
+    return f"model{match[3] or ''}.safetensors{match[4] or ''}" if match else name
+
+
 def find_weights(folder: Path) -> tuple[list[str], list[Path]]:
     """Of one part of a pipeline: the tensors that its index lists (none without index), and the weight files.
 
     Variants such as `model.fp16.safetensors` are passed over. Raises ModelError for a missing shard, and for
     a folder that has no weights or only pickles.
     """
-    names = sorted(path.name for path in folder.iterdir() if WEIGHTS.fullmatch(path.name))
+    names = weight_files(folder)
     if indices := [name for name in names if name.endswith(".index.json")]:
         weight_map = read_json(folder / indices[0]).get("weight_map")
         if not (isinstance(weight_map, dict) and weight_map):
             raise ModelError(f"{folder / indices[0]} is damaged: it has no weight_map; download the model again")
         for name in weight_map.values():  # a name, never a path
-            if not (isinstance(name, str) and WEIGHTS.fullmatch(name) and name.endswith(".safetensors")):
+            known = isinstance(name, str) and (WEIGHTS.fullmatch(name) or GPTQ_WEIGHTS.fullmatch(name))
+            if not (known and name.endswith(".safetensors")):
                 raise ModelError(f"{folder / indices[0]} is damaged: it names {str(name)[:80]!r} as a file of weights")
         shards = [folder / name for name in sorted(set(weight_map.values()))]
         for shard in shards:

@@ -7,7 +7,7 @@ from typing import Any
 
 from zo_engine import recipe as recipes
 from zo_engine import texts
-from zo_engine.hub import ModelError, check, is_language, read_json
+from zo_engine.hub import ModelError, check, is_language, language_config, read_json
 from zo_engine.run import Run
 
 
@@ -123,7 +123,7 @@ def inspect_run(run: Run) -> dict[str, Any]:
 
 
 def inspect_language_model(source: Path) -> dict[str, Any]:
-    config = read_json(source / "config.json")
+    config = language_config(source)
     quantization = config.get("quantization_config") or {}
     return {
         "kind": "model",

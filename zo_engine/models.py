@@ -37,12 +37,15 @@ from zo_engine.hub import (
     KnownModel,
     ModelError,
     first_line,
+    language_config,
     locate,
     pixel_multiple,
     read_json,
     some,
+    stock_name,
     text_length,
     vae_scale,
+    weight_files,
 )
 from zo_engine.offload import Mover, block_names, end_names
 from zo_engine.packed import PackedLinear, saved_scales, write_scales
@@ -254,7 +257,7 @@ def export_language_model(base: Path, model: PreTrainedModel, out: Path) -> Path
     """
     with _appearing(Path(out)) as work:
         for file in Path(base).iterdir():
-            if file.is_file() and any(fnmatch(file.name, wish) for wish in (*LANGUAGE_FILES, "quantize_config.json")):
+            if file.is_file() and any(fnmatch(file.name, wish) for wish in LANGUAGE_FILES):
                 shutil.copyfile(file, work / file.name)
         if quantization_of(model) in READ:
             _copy_with_scales(Path(base), model, work)
@@ -266,15 +269,21 @@ def export_language_model(base: Path, model: PreTrainedModel, out: Path) -> Path
 
 def _copy_with_scales(base: Path, model: nn.Module, work: Path) -> None:
     scales = saved_scales(quantized_layers(model))
-    for file in (f for f in base.iterdir() if WEIGHTS.fullmatch(f.name)):
-        shutil.copyfile(file, work / file.name)
-        if file.suffix == ".safetensors":
-            write_scales(work / file.name, scales)
-    config = read_json(work / "config.json")
+    for file in (base / name for name in weight_files(base)):
+        copy = work / stock_name(file.name)
+        shutil.copyfile(file, copy)
+        if copy.suffix == ".safetensors":
+            write_scales(copy, scales)
+        elif copy.name != file.name:
+            index = read_json(file)
+            index["weight_map"] = {tensor: stock_name(shard) for tensor, shard in index["weight_map"].items()}
+            copy.write_text(json.dumps(index, indent=2) + "\n")
+    before, config = read_json(base / "config.json"), language_config(base)
     dense = config["quantization_config"].get("linear_weights_not_to_quantize")
     if dense:  # AQLM names weights where transformers 5.23 looks for layers, and else makes random layers of them
         bare = [name.removesuffix(".weight") for name in dense]
         config["quantization_config"]["linear_weights_not_to_quantize"] = list(dict.fromkeys([*dense, *bare]))
+    if dense or config != before:
         (work / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
@@ -312,6 +321,8 @@ def _prove_equal(model: nn.Module, load: Callable[..., nn.Module]) -> None:
     for name, layer in quantized_layers(model).items():
         if isinstance(layer, PackedLinear):
             state[f"{name}.scales"] = layer.scales.to(layer.stored).float()
+            if f"{name}.codebooks" in again:
+                state[f"{name}.codebooks"] = layer.codebooks.to(again[f"{name}.codebooks"].dtype)
     changed = [name for name in state if name not in again or not torch.equal(state[name].cpu(), again[name])]
     if changed or len(state) != len(again):
         raise ModelError(f"the exported model differs from the one in memory in {some(changed)}; please report this")

@@ -101,7 +101,7 @@ class GPTQLinear(PackedLinear):
 
 
 class AQLMLinear(PackedLinear):
-    """codes and codebooks as they lie; scales fp32 [out, 1]."""
+    """codes and codebooks as they lie; scales fp32 [out, 1]. Codebooks may be replaced, too, by fp32 ones."""
 
     format = "aqlm"
 
@@ -248,15 +248,18 @@ def _settings(checkpoint: Any, format: str) -> dict[str, Any]:
 
 
 def saved_scales(layers: dict[str, PackedLinear]) -> dict[str, Tensor]:
-    """The scales of all layers as a checkpoint has them: by their names there, and in its layout."""
-    return {f"{n}.scales": layer.scales.T if layer.format == "gptq" else layer.scales for n, layer in layers.items()}
+    """The scales of all layers as a checkpoint has them, by their names there and in its layout; and codebooks that
+    have moved, which are fp32 then."""
+    scales = {f"{n}.scales": layer.scales.T if layer.format == "gptq" else layer.scales for n, layer in layers.items()}
+    books = {f"{n}.codebooks": layer.codebooks for n, layer in layers.items() if layer.format == "aqlm"}
+    return scales | {name: book for name, book in books.items() if book.dtype == torch.float32}
 
 
 def write_scales(file: Path, scales: dict[str, Tensor]) -> None:
     """Overwrite tensors of a safetensors file where they lie: no other byte of the file changes.
 
     scales: of `saved_scales`, those that the file has; they are rounded to its dtype.
-    Raises ModelError where one is too large for that.
+    Raises ModelError where a number is too large for that.
     """
     with file.open("r+b") as stream:
         (length,) = struct.unpack("<Q", stream.read(8))
@@ -265,7 +268,7 @@ def write_scales(file: Path, scales: dict[str, Tensor]) -> None:
             start, stop = header[name]["data_offsets"]
             values = scales[name].to("cpu", DTYPES[header[name]["dtype"]]).contiguous().flatten()
             if not values.isfinite().all():
-                raise ModelError(f"a scale of {name} is too large for the {header[name]['dtype']} that it is saved in")
+                raise ModelError(f"a number of {name} is too large for the {header[name]['dtype']} that it is saved in")
             data = values.view(torch.uint8).numpy().tobytes()
             assert len(data) == stop - start
             stream.seek(8 + length + start)

@@ -42,7 +42,16 @@ from transformers.quantizers.base import get_keys_to_not_convert
 from transformers.quantizers.quantizers_utils import should_convert_module
 
 from zo_engine import packed
-from zo_engine.hub import IMPOSSIBLE, ModelError, check_index, find_weights, first_line, open_shard, read_json, some
+from zo_engine.hub import (
+    IMPOSSIBLE,
+    ModelError,
+    check_index,
+    find_weights,
+    first_line,
+    language_config,
+    open_shard,
+    some,
+)
 from zo_engine.offload import block_names, end_names
 from zo_engine.run import appearing
 
@@ -70,7 +79,7 @@ class Checkpoint:
 
     def __init__(self, folder: Path):
         self.folder = folder
-        self.config = read_json(folder / "config.json")
+        self.config = language_config(folder)
         self.files: dict[str, object] = {}  # tensor name -> open safetensors file
         listed, shards = find_weights(folder)
         with ExitStack() as stack:
@@ -126,7 +135,7 @@ def load_quantized(
     if quantization not in QUANTIZATIONS:
         raise ModelError(f"quantization {quantization!r} is unknown; possible are {', '.join(QUANTIZATIONS)}")
     device = torch.device(device)
-    _refuse_others(folder, read_json(folder / "config.json"))
+    _refuse_others(folder, language_config(folder))
     with Checkpoint(folder) as checkpoint:
         model, formats, dense = _outlined(checkpoint, quantization, dtype)
         waiting = block_names(model)[:away] if away else []
@@ -169,7 +178,7 @@ def store_quantized(
             return out
         shutil.rmtree(out)
     device = torch.device(device)
-    _refuse_others(folder, read_json(folder / "config.json"))
+    _refuse_others(folder, language_config(folder))
     with Checkpoint(folder) as checkpoint:
         model, formats, dense = _outlined(checkpoint, quantization, dtype)
         if all(_statistics(checkpoint, f"{name}.weight", format) for name, format in formats.items()):

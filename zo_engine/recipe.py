@@ -69,6 +69,8 @@ class Recipe:
     # The method
     space: str = setting("gain", "what moves: gains per row, one scale per group, or the published absolute form",
                          choices=("gain", "group", "absolute"))  # fmt: skip
+    moves: str = setting("scales", "aqlm: the scales, or the codebooks, which need space group or absolute",
+                         choices=("scales", "codebooks"))  # fmt: skip
     depth: float = setting(0.34, "share of the blocks that is tuned, from the output; 1: every layer", low=0.02, high=1)
     columns: bool = setting(False, "gain space: one gain per group of inputs as well")
     directions: int = setting(0, "gauss-newton: directions per level, at first; else per picture in gain space, "
@@ -115,6 +117,11 @@ class Recipe:
             object.__setattr__(self, f.name, _checked(f, getattr(self, f.name)))
         if self.optimizer == "gauss-newton" and self.space != "gain":
             raise RecipeError(f'optimizer "gauss-newton" moves gains; with space = "{self.space}" choose "sgd"')
+        if self.moves == "codebooks" and (self.quantization != "aqlm" or self.space == "gain"):
+            raise RecipeError(
+                'moves = "codebooks" is for quantization "aqlm" in the space "group" or "absolute", and the recipe '
+                f'has "{self.quantization}" and "{self.space}"; set them, and an optimizer such as "sgd"'
+            )
         if self.images and self.texts:
             raise RecipeError(
                 f"a recipe teaches pictures or texts, not both: it has images = {self.images!r} and texts = "

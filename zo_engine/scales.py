@@ -32,6 +32,7 @@ class Format:
     block: Callable[[nn.Module], int]  # consecutive weights of the row-major weight that share one scale
     column: Callable[[nn.Module], Tensor | None] = lambda m: None  # [in]: the group of each, if not `block` at a time
     signed: bool = False  # whether a scale may be negative
+    shared: bool = False  # numbers of the whole layer, not of its rows: no gain of a row folds into them
 
 
 def _is_4bit(quant_type: str) -> Callable[[nn.Module], bool]:
@@ -58,6 +59,10 @@ def _put_weight(module: nn.Module, scale: Tensor) -> None:
 
 def _put_scales(module: nn.Module, scale: Tensor) -> None:
     module.scales = scale
+
+
+def _put_codebooks(module: nn.Module, scale: Tensor) -> None:
+    module.codebooks = scale
 
 
 def _four_bit(name: str) -> Format:
@@ -99,6 +104,18 @@ FORMATS = (
         shape=lambda m: (m.out_features, m.in_features),
         block=lambda m: m.in_features,
     ),
+    # The other half of an AQLM layer, not moved unless a recipe says so. An entry is shared by all weights of its code:
+    # of 2x8 there are 4,096 numbers a layer, of 1x16 half a million.
+    Format(
+        "codebooks",
+        lambda m: isinstance(m, AQLMLinear),
+        get=lambda m: m.codebooks,
+        put=_put_codebooks,
+        shape=lambda m: (m.out_features, m.in_features),
+        block=lambda m: m.in_features,
+        signed=True,
+        shared=True,
+    ),
     # A plain layer: every weight is its own scale. In group space with absolute noise this is MeZO.
     Format(
         "dense",
@@ -110,12 +127,14 @@ FORMATS = (
         signed=True,
     ),
 )
-QUANTISED = tuple(f.name for f in FORMATS if f.name != "dense")
+QUANTISED = tuple(f.name for f in FORMATS if f.name not in ("dense", "codebooks"))
 
 
-def formats_of(quantization: str) -> tuple[str, ...]:
+def formats_of(quantization: str, moves: str = "scales") -> tuple[str, ...]:
     """The formats in which a model that is loaded in a `quantization` keeps what is tuned. The dense layers of a
     quantised model are not."""
+    if moves == "codebooks":
+        return ("codebooks",)
     return ("dense",) if quantization == "none" else QUANTISED
 
 
@@ -135,7 +154,7 @@ class ScaleView:
     @property
     def rowwise(self) -> bool:
         """Whether no group of weights straddles two rows, so that a gain per row folds into the scales exactly."""
-        return self.column is not None or self.in_features % self.block == 0
+        return not self.format.shared and (self.column is not None or self.in_features % self.block == 0)
 
     @property
     def groups(self) -> int:
@@ -165,10 +184,11 @@ class ScaleView:
     def put(self, scale: Tensor) -> None:
         """Make the layer compute with `scale` (any shape of the right size) from its next forward on.
 
-        The new tensor is contiguous and keeps the base's dtype: bitsandbytes misreads anything else in silence. It goes
-        where the layer's scale is now: a streamed layer is on the device only while it computes.
+        The new tensor is contiguous and keeps the base's dtype: bitsandbytes misreads anything else in silence. Only
+        codebooks, which lie in fp16 until they move, become fp32, that small steps are not lost. It goes where the
+        layer's scale is now: a streamed layer is on the device only while it computes.
         """
-        scale = scale.to(self.live.device, self.base.dtype)
+        scale = scale.to(self.live.device, torch.float32 if self.format.shared else self.base.dtype)
         self.format.put(self.module, scale.contiguous().view(self.base.shape))
 
     def restore(self) -> None:
@@ -213,7 +233,7 @@ def prove_live(views: dict[str, ScaleView]) -> None:
         view.base = view.format.get(view.module)  # a first forward may move it (int8)
         try:
             changed = view.base.clone()
-            changed.view(-1)[-1] *= 2
+            changed.view(-1)[0 if view.format.shared else -1 :] *= 2  # a code may be used by no weight
             view.put(changed)
             changed = not torch.equal(view.module(x), before)
         finally:

@@ -46,13 +46,12 @@ class Task:
     subset: str | None
     columns: tuple[str, ...]  # that a row needs
     ask: Callable[[Row], Case]
-    revision: str | None = None  # of the hub's repository
     classification: bool = True  # trained as a choice among its candidates in MeZO, else on the right one's tokens
 
 
 def cases(task: Task, source: str = "", split: str = "validation") -> list[Case]:
     """Every row of a file as a question, or of the hub's data set. Raises DataError, naming lines, for bad rows."""
-    rows = raw_rows(source) if source else hub_rows(task.repo, task.subset, split, task.revision)
+    rows = raw_rows(source) if source else hub_rows(task.repo, task.subset, split)
     found = []
     for line, row in rows:
         where = f"{source or task.repo}: line {line}"
@@ -179,7 +178,7 @@ def _drop(row: Row) -> Case:
     return Case(f"Passage: {row['passage']}\nQuestion: {row['question'].strip()}\nAnswer:", answers=answers)
 
 
-_SUPER = {"repo": "aps/super_glue", "revision": "refs/convert/parquet"}  # its own files are a script, which nobody runs
+_SUPER = {"repo": "aps/super_glue"}
 TASKS = {
     task.name: task
     for task in (

@@ -193,11 +193,9 @@ def raw_rows(source: Path | str) -> Iterable[tuple[int, dict[str, Any] | DataErr
     return _open(str(source)).rows
 
 
-def hub_rows(
-    name: str, subset: str | None, split: str, revision: str | None = None
-) -> Iterable[tuple[int, dict[str, Any]]]:
+def hub_rows(name: str, subset: str | None, split: str) -> Iterable[tuple[int, dict[str, Any]]]:
     """The rows of a data set of the hub as they arrive. Raises DataError where it cannot be reached or read."""
-    return _hub(f"{name}:{split}", subset, revision).rows
+    return _hub(f"{name}:{split}", subset).rows
 
 
 def recognise(rows: list[dict[str, Any]], given: dict[str, str], source: str = "the data") -> Mapping:
@@ -493,7 +491,7 @@ def _parquet(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         raise DataError(f"{path} is not a complete Parquet file ({str(error).splitlines()[0]})") from None
 
 
-def _hub(source: str, subset: str | None = None, revision: str | None = None) -> _Rows:
+def _hub(source: str, subset: str | None = None) -> _Rows:
     """A data set of the hub, row by row as it arrives. No code of a data set is ever run."""
     name, _, split = source.partition(":")
     try:
@@ -504,7 +502,7 @@ def _hub(source: str, subset: str | None = None, revision: str | None = None) ->
             "pip install datasets"
         ) from None
     try:
-        more = {key: value for key, value in (("name", subset), ("revision", revision)) if value}
+        more = {"name": subset} if subset else {}
         data = datasets.load_dataset(name, split=split or "train", streaming=True, **more)
     except datasets.exceptions.DatasetNotFoundError as error:
         raise DataError(

@@ -225,7 +225,7 @@ class Studio:
     def changed(self, **settings) -> "Studio":
         """The same model and examples under other settings of the method."""
         recipe = dataclasses.replace(self.recipe, **settings)
-        views = find_scales(self.model, formats_of(recipe.quantization))
+        views = find_scales(self.model, formats_of(recipe.quantization, recipe.moves))
         return dataclasses.replace(self, recipe=recipe, space=make_space(views, recipe))
 
 
@@ -551,7 +551,7 @@ def free(device: torch.device) -> int:
 
 def tuned(model: torch.nn.Module, recipe: Recipe, notes: list[str]) -> Space:
     """The space that the recipe tunes of a model, proved to be live; what cannot be tuned is added to the notes."""
-    views = find_scales(model, formats_of(recipe.quantization))
+    views = find_scales(model, formats_of(recipe.quantization, recipe.moves))
     prove_finite(model, views)
     prove_live(views)
     space = make_space(views, recipe)

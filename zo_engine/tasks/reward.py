@@ -7,6 +7,10 @@ worth above the mean (reward-weighted regression, Peters and Schaal 2007; worse 
 is made, if any, is decided by the reward itself: the model answers fresh prompts after each of them, all in stacked
 batches with the same random numbers. The loss of a run is one minus the reward.
 
+One answer in four is the likeliest one, the others are drawn; where several are worth the same, it is learnt. So the
+model comes to give surely what it already gives at its best: drawn answers differ in much that the reward does not see,
+which a lesson of few then takes for what matters.
+
 With slopes in place of Gauss-Newton (`zo`), the loss of a probe is one minus the reward of what the perturbed model
 answers: MeZO's way (Malladi et al., arXiv:2305.17333, section 3.3).
 """
@@ -26,7 +30,7 @@ from zo_engine.tasks.diffusion import HELD_OUT, TRAINING, turns
 from zo_engine.tasks.text import Batch, generated, left_padded, padding, stack, token_features
 from zo_engine.tokens import IGNORED, Tokens
 
-SAMPLES = 4  # answers to each prompt of a batch, among which the better ones are learnt
+SAMPLES = 4  # answers for each that is learnt: the likeliest one, and drawn ones to other prompts
 
 
 @dataclass(frozen=True)
@@ -88,11 +92,13 @@ class Rewarded:
         return self._asked(numbers, rng.integers(2**62, size=size).tolist())
 
     def lesson(self, step: int, size: int) -> Answered:
-        """What a Gauss-Newton step learns from: of SAMPLES answers to each prompt, given by the model as it stands, the
-        `size` best, weighted by what they are worth above the mean; at most those above it. Where all are worth the
-        same, there is nothing to choose, and all weights are one."""
+        """What a Gauss-Newton step learns from: of SAMPLES times `size` answers of the model as it stands, the `size`
+        best, weighted by what they are worth above the mean; at most those above it. The likeliest answers to the first
+        `size` prompts come first, and so before drawn ones that are worth as much. Where all are worth the same, there
+        is nothing to choose, and all weights are one."""
         asked = self.batch(step, SAMPLES * size)
-        written = self._written(asked)
+        first, others = torch.arange(len(asked)).tensor_split([size])
+        written = self._written(asked.take(first), sampled=False) + self._written(asked.take(others))
         worth = torch.tensor(self._rewards(asked, written), dtype=torch.float64)
         weight = (worth - worth.mean()).clamp(min=0)
         if not weight.any():
