@@ -16,7 +16,7 @@ from app.figures import size
 from app.jobs import Jobs
 from zo_engine import dataset, doctor
 from zo_engine.hub import arrived, find, repository
-from zo_engine.recipe import DIRECTIONS, Recipe, RecipeError, grown
+from zo_engine.recipe import DIRECTIONS, Recipe, RecipeError, directions_at
 from zo_engine.run import Run, RunError
 
 LOOKED_AT = 40  # of the newest runs
@@ -143,7 +143,7 @@ def _rows(settings: Recipe) -> int:
     """What all steps cost together, in forward passes of a picture or text: later ones may cost more than the first."""
     if settings.optimizer != "gauss-newton":
         return settings.steps
-    return sum(grown(settings.directions or DIRECTIONS, step) for step in range(settings.steps))
+    return sum(directions_at(settings.directions or DIRECTIONS, step) for step in range(settings.steps))
 
 
 def pixels_of(buckets: list[tuple[int, int]], sizes: list[tuple[int, int]]) -> int:

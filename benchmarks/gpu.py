@@ -23,7 +23,7 @@ from torch import nn
 
 from zo_engine import plan
 from zo_engine.blocks import Prefix, levels
-from zo_engine.newton import FRESH, GaussNewton
+from zo_engine.newton import GaussNewton
 from zo_engine.noise import directions
 from zo_engine.offload import Mover, block_names, end_names
 from zo_engine.plan import SHAPES, Work, skeleton
@@ -225,11 +225,11 @@ def newton(model: nn.Module, work: Work, device: torch.device) -> Callable[[], o
             sample = lambda index: read(batch.take(index.to(device)))  # noqa: E731
             if prefixes[part] and (part, fresh) not in replays:
                 with space.dressed(method.theta):
-                    replays[part, fresh] = prefixes[part].run(sample, FRESH * work.batch if fresh else work.batch, rows)
+                    replays[part, fresh] = prefixes[part].run(sample, work.batch, rows)
             answer = evaluate(space, method.theta, probes, sample, rows, replays.get((part, fresh)))
             return answer[:, None] if fresh else answer
 
-        method.advance(evaluated, work.batch)
+        method.advance(evaluated, work.batch, work.batch)
 
     return run
 

@@ -17,7 +17,7 @@ import torch
 from common import save
 from torch import Tensor
 
-from zo_engine.newton import DAMPINGS, FRESH, GaussNewton
+from zo_engine.newton import TRIES, GaussNewton
 from zo_engine.noise import Layout
 from zo_engine.probes import Probes
 from zo_engine.recipe import DIRECTIONS
@@ -64,7 +64,7 @@ def ours(task: Task, seed: int) -> list[tuple[float, float]]:
         step = method.step
 
         def outcomes(part: int, probes: Probes, fresh: bool) -> Tensor:
-            base = step * BATCH * (1 + FRESH) + (BATCH if fresh else 0)  # noqa: B023
+            base = (step + fresh) * BATCH  # noqa: B023
             rows = []
             for example in probes.sample.unique().tolist():
                 here = probes.sample == example
@@ -76,8 +76,8 @@ def ours(task: Task, seed: int) -> list[tuple[float, float]]:
                 made[here] = values
             return made
 
-        forwards += BATCH * (method.counts(step)[0] + 1 + FRESH * (len(DAMPINGS) + 1)) / PICTURES
-        method.advance(outcomes, BATCH)
+        forwards += BATCH * (method.counts(step)[0] + 1 + len(TRIES) + 1) / PICTURES
+        method.advance(outcomes, BATCH, BATCH)
         curve.append((forwards, task.true(method.theta)))
     return curve
 

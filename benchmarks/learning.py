@@ -39,7 +39,7 @@ from assets import pack
 from zo_engine import models
 from zo_engine import recipe as recipes
 from zo_engine.blocks import levels
-from zo_engine.newton import FRESH, GaussNewton
+from zo_engine.newton import GaussNewton
 from zo_engine.recipe import Recipe
 from zo_engine.run import Run
 from zo_engine.tasks.reward import Rewarded
@@ -99,7 +99,7 @@ def price(studio: Studio, training: Training) -> float:
     shares = [(blocks - level.first + 0.25) / (blocks + 0.25) for level in levels(studio.space.views, recipe.depth)]
     if isinstance(method, GaussNewton):
         rows = [count + 1 for count in method.counts(method.step)]
-        rows[-1] += FRESH * (len(studio.task.dampings) + 1)
+        rows[-1] += (len(studio.task.tries) + 1) * len(studio.task.trial(0, recipe.batch_size)) / recipe.batch_size
         training.step()
         each = sum(share * count + (1 - share) for share, count in zip(shares, rows, strict=True))
         return each * recipe.batch_size / PICTURES
@@ -209,7 +209,7 @@ def main() -> None:
     tests: dict[str, dict[str, dict]] = before.get("tests", {})  # by contestant and seed
     chosen: dict[str, float] = before.get("chosen", {})
     when = before.get("measured", dict.fromkeys(results, before.get("circumstances")))
-    pictures = recipe.steps * recipe.batch_size * (1 + FRESH)  # that our run sees, those that only try a move, too
+    pictures = (recipe.steps + 1) * recipe.batch_size  # that our run sees; the last move is tried on a batch of its own
     few = -(-pictures // PICTURES)
     fresh = {} if given.anew else {c: set(curves) for c, curves in results.items()}
     for seed in given.seeds:

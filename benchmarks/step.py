@@ -14,7 +14,7 @@ from common import save
 
 from zo_engine import models
 from zo_engine.blocks import Prefix, levels
-from zo_engine.newton import FRESH, GaussNewton
+from zo_engine.newton import GaussNewton
 from zo_engine.probes import GainSpace, GroupSpace, central, evaluate
 from zo_engine.recipe import DIRECTIONS, Recipe
 from zo_engine.scales import find_scales
@@ -84,17 +84,17 @@ def measure(model: str, batch: int, rounds: int, device: str) -> dict:
     prefixes = [Prefix(transformer, level) if level.first else None for level in found]
 
     def gauss_newton() -> None:
-        examples, replays = data.take(torch.arange(FRESH * batch, device=where) % batch), {}
+        examples, replays = data.take(torch.arange(batch, device=where)), {}
         rows = lambda s: flow_errors(transformer, examples.take(s.to(where)), dtype)  # noqa: E731
 
         def outcomes(part, probes, fresh):
             if prefixes[part] and part not in replays:
                 with tuned.dressed(newton.theta):
-                    replays[part] = prefixes[part].run(rows, FRESH * batch, ROWS)
+                    replays[part] = prefixes[part].run(rows, batch, ROWS)
             errors = evaluate(tuned, newton.theta, probes, rows, ROWS, replays.get(part))
             return torch.cat([errors.square().sum(1, keepdim=True), errors], 1)
 
-        newton.advance(outcomes, batch)
+        newton.advance(outcomes, batch, batch)
         newton.theta.zero_()
         newton.step = 0
 

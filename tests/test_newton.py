@@ -15,7 +15,7 @@ from exact import exact_net, net_inputs, quantised_net
 from zo_engine.blocks import Prefix, levels
 from zo_engine.journal import Move, read
 from zo_engine.models import load_transformer
-from zo_engine.newton import DAMPINGS, FRESH, REACH, GaussNewton
+from zo_engine.newton import DAMPINGS, REACH, TRIES, GaussNewton
 from zo_engine.noise import Layout
 from zo_engine.probes import GainSpace, evaluate
 from zo_engine.recipe import GROWTH, Recipe
@@ -72,14 +72,14 @@ def test_a_step_is_the_damped_solution_in_the_span_of_its_directions():
     newton = method()
     span = torch.zeros(8, 20, dtype=torch.float64)
     span[:4, 10:], span[4:, :10] = (z.double() for z in newton.directions())
-    record = newton.advance(least_squares(matrices, targets)(newton), BATCH)
+    record = newton.advance(least_squares(matrices, targets)(newton), BATCH, BATCH)
     jacobian = matrices @ span.T
     gram = torch.einsum("bmk,bml->kl", jacobian, jacobian) / BATCH
     slope = -torch.einsum("bmk,bm->k", jacobian, targets) / BATCH
     damped = gram + record.damping * gram.diagonal().mean() * torch.eye(8)
     expected = -torch.linalg.solve(damped, slope) @ span
     torch.testing.assert_close(newton.theta.double(), expected, rtol=1e-4, atol=1e-6)
-    assert record.damping == min(DAMPINGS)  # the model is exact, so the boldest move is the best
+    assert (record.damping, record.share) == (min(DAMPINGS), 1.0)  # the model is exact: the boldest move is the best
     losses = lambda theta: ((matrices @ theta - targets) ** 2).sum(1).mean().item()  # noqa: E731
     assert record.tried[0] == pytest.approx(losses(torch.zeros(20, dtype=torch.float64)), rel=1e-6)
     assert min(record.tried) == pytest.approx(losses(newton.theta.double()), rel=1e-6)
@@ -125,8 +125,8 @@ def test_nothing_tuned_an_ill_conditioned_bowl_is_solved_where_slopes_crawl():
     newton = method(size, per_part=[10, 10])
     outcomes, passes = least_squares(matrices, targets)(newton), 0
     for _ in range(40):
-        newton.advance(outcomes, BATCH)
-        passes += newton.cost(newton.step) + FRESH * (len(DAMPINGS) + 1)
+        newton.advance(outcomes, BATCH, BATCH)
+        passes += newton.cost(newton.step) + len(TRIES) + 1
     left = lambda theta: ((matrices[0] @ theta.double() - targets[0]) ** 2).sum().item()  # noqa: E731
     start = left(torch.zeros(size))
 
@@ -150,7 +150,7 @@ def test_a_move_that_fresh_examples_refute_is_not_made():
     def outcomes(part, probes, fresh):
         return squared(at(newton, probes) + (-1.0 if fresh else 1.0))  # the fresh minimum lies on the other side
 
-    record = newton.advance(outcomes, BATCH)
+    record = newton.advance(outcomes, BATCH, BATCH)
     assert not newton.theta.any() and newton.step == 1
     assert not record.skipped and record.damping == record.size == 0 and not any(record.weights)
     assert min(record.tried) == record.tried[0]
@@ -161,7 +161,7 @@ def test_a_move_that_fresh_examples_refute_is_not_made():
 def test_an_error_that_is_not_finite_changes_nothing_or_is_not_chosen(bad, fresh):
     newton = method()
     good = least_squares(*problem())(newton)
-    newton.advance(good, BATCH)
+    newton.advance(good, BATCH, BATCH)
     before = newton.theta.clone()
 
     def outcomes(part, probes, is_fresh):
@@ -170,7 +170,7 @@ def test_an_error_that_is_not_finite_changes_nothing_or_is_not_chosen(bad, fresh
             found[-1, 0] = bad  # of the batch: a probe; of the fresh ones: the most careful damping
         return found
 
-    record = newton.advance(outcomes, BATCH)
+    record = newton.advance(outcomes, BATCH, BATCH)
     assert record.skipped == (not fresh)
     assert torch.equal(newton.theta, before) == record.skipped
     assert (newton.step, newton.skipped) == (2, int(not fresh))
@@ -180,16 +180,17 @@ def test_an_error_that_is_not_finite_changes_nothing_or_is_not_chosen(bad, fresh
 def test_a_flat_loss_moves_nothing_far():
     newton = method()
     for _ in range(2):
-        newton.advance(lambda part, probes, fresh: squared(torch.ones(len(probes.sign), 5)), BATCH)
+        newton.advance(lambda part, probes, fresh: squared(torch.ones(len(probes.sign), 5)), BATCH, BATCH)
     assert not newton.theta.any()
 
 
 def test_directions_double_and_are_no_more_than_elements():
-    newton = method(20, per_part=[4, 4])
-    for step, count in ((0, 4), (GROWTH - 1, 4), (GROWTH, 8), (2 * GROWTH, 10), (100 * GROWTH, 10)):
+    newton = method(20, per_part=[4, 6])
+    for step, count in ((0, 4), (GROWTH - 1, 4), (GROWTH, 8), (2 * GROWTH, 16), (100 * GROWTH, 16)):
         newton.step = step
-        assert [z.shape for z in newton.directions()] == [(count, 10)] * 2
-        assert newton.counts(step) == [count] * 2 and newton.cost(step) == 2 * (count + 1)
+        count, other = min(10, count), min(10, count * 6 // 4)
+        assert [z.shape for z in newton.directions()] == [(count, 10), (other, 10)]
+        assert newton.counts(step) == [count, other] and newton.cost(step) == count + other + 2
 
 
 # The journal is the run
@@ -210,7 +211,7 @@ def rough(newton, bad=(2, 5)):
 
 def live(steps=9, **settings):
     newton = method(**settings)
-    return newton, [newton.advance(rough(newton), BATCH) for _ in range(steps)]
+    return newton, [newton.advance(rough(newton), BATCH, BATCH) for _ in range(steps)]
 
 
 def lines(journal):
@@ -251,7 +252,7 @@ def test_a_run_that_was_stopped_goes_on_as_if_it_had_not_been(stop):
     tensors, scalars = first.state()
     second = method()
     second.restore(tensors, {name: float(repr(value)) for name, value in scalars.items()}, journal[:stop])
-    goes_on = [second.advance(rough(second), BATCH) for _ in range(stop, 9)]
+    goes_on = [second.advance(rough(second), BATCH, BATCH) for _ in range(stop, 9)]
     assert lines(goes_on) == lines(journal[stop:]) and torch.equal(second.theta, whole.theta)
 
 
@@ -282,7 +283,7 @@ def golden_method(model):
 def golden_run(model, chunk=None, prefixed=True):
     """Eight steps on the tiny NF4 transformer: fixed random inputs, the output's mean square as the loss."""
     space, newton, prefixes = golden_method(model)
-    data = tiny.inputs(FRESH * 4, seed=1)
+    data = tiny.inputs(4, seed=1)
 
     def error(sample):
         output = model(**{name: value[sample] for name, value in data.items()}).sample.flatten(1)
@@ -290,10 +291,10 @@ def golden_run(model, chunk=None, prefixed=True):
 
     def outcomes(part, probes, fresh):
         with space.dressed(newton.theta):
-            replay = prefixes[part].run(error, FRESH * 4) if prefixed and prefixes[part] else None
+            replay = prefixes[part].run(error, 4) if prefixed and prefixes[part] else None
         return squared(evaluate(space, newton.theta, probes, error, chunk, replay))
 
-    return newton, [newton.advance(outcomes, 4) for _ in range(8)]
+    return newton, [newton.advance(outcomes, 4, 4) for _ in range(8)]
 
 
 def golden_journal():

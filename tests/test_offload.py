@@ -19,7 +19,7 @@ from zo_engine import train as training
 from zo_engine.apply import open_style
 from zo_engine.blocks import Level, Prefix, levels
 from zo_engine.models import Placement
-from zo_engine.newton import FRESH, GaussNewton
+from zo_engine.newton import GaussNewton
 from zo_engine.offload import Mover, OffloadError, block_names, tensors
 from zo_engine.probes import GainSpace, GroupSpace, evaluate
 from zo_engine.recipe import Recipe, RecipeError
@@ -67,7 +67,7 @@ def gauss_newton(model: nn.Module, chunk: int = 4, relay=(), steps: int = 2) -> 
     parts = [space.layout.part(level.layers) for level in found]
     method = GaussNewton(space.layout, parts, seed=3, per_part=[6] * len(parts))
     prefixes = [Prefix(model, level) for level in found]
-    batch, journal = texts(2 * FRESH), []
+    batch, journal = texts(2), []
     for _ in range(steps):
         replays = {}
 
@@ -76,11 +76,11 @@ def gauss_newton(model: nn.Module, chunk: int = 4, relay=(), steps: int = 2) -> 
             rows = lambda sample: read(model, batch.take(sample))  # noqa: E731
             if part not in replays:
                 with space.dressed(method.theta):
-                    replays[part] = prefixes[part].run(rows, 2 * FRESH, chunk, relay)
+                    replays[part] = prefixes[part].run(rows, 2, chunk, relay)
             found = evaluate(space, method.theta, probes, rows, chunk, replays[part], relay)
             return found[:, None] if fresh else found
 
-        journal.append(method.advance(outcomes, 2))
+        journal.append(method.advance(outcomes, 2, 2))
     return journal, method.theta
 
 
@@ -384,7 +384,7 @@ def test_memory_is_planned_said_and_kept(recipes, tmp_path):
     assert (studio.recipe.offload, studio.recipe.rows > 1) == ("resident", True)
     assert any(note.startswith("planned for 1.00 GB") for note in studio.notes)
     config = json.loads((Path(wide.model) / "config.json").read_text())
-    work = plan.Work(2, studio.task.tokens(), None, 0.5, 12, torch.float32)
+    work = plan.Work(2, studio.task.tokens(), None, 0.5, 3, torch.float32)
     least = plan.make(plan.skeleton(config, dtype=torch.float32), work, 1, 4)
     tight = training.prepare(dataclasses.replace(wide, memory=f"{least.device / 1e6}MB"), tmp_path)
     assert tight.recipe.offload in ("cpu", "disk") and len(tight.model.mover.blocks) == 4

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 GROUPS = 2  # levels that the tuned blocks form, beside the layers that follow them
-THIN = 3  # what reads the prompt gets a third of the directions of other levels: its probes run the whole model
+THIN = 12  # what reads the prompt gets a twelfth of the directions of other levels: its probes run the whole model
 READS = re.compile(r"(^|\.)text_embedder\.")  # diffusers' name of what takes in the pooled prompt, before the blocks
 BLOCK = re.compile(r"((?:[^.\d][^.]*\.)+)(\d+)\.")  # "transformer_blocks.4.attn.to_k": a list's name, and a number
 

@@ -55,7 +55,8 @@ class Move(Record):
     size: float  # of the move, root mean square; like what follows, for people, not for replay
     loss: float  # mean loss of the batch before the move
     damping: float = 0.0  # what made the move
-    tried: tuple[float, ...] = ()  # losses of a fresh batch: standing still, then with every damping
+    share: float = 1.0  # of the way that the damping gives
+    tried: tuple[float, ...] = ()  # losses of a fresh batch: standing still, then with every move
 
     @property
     def skipped(self) -> bool:

@@ -13,7 +13,9 @@ language model is a cross-entropy, whose features are square roots of probabilit
 (Levenberg and Marquardt's damped Gauss-Newton; in random subspaces: Cartis, Fowkes, Shao, arXiv:2211.09873; without
 derivatives: Cartis, Roberts, arXiv:2102.12016.) Stiff directions no longer set the pace for flat ones, there is no step
 size, and one pass a direction is enough: the curvature that makes one-sided differences wrong is part of the model.
-The damping is the one of a handful that helps a fresh batch most; none may, and then theta stays.
+What is made of the solution is tried on the batch of the next step: a handful of dampings, and shares of the way, for a
+small batch's own noise is as large along stiff directions as along flat ones, where no damping tells them apart. The
+best is made; none may help, and then theta stays.
 
 Every step is a function of its `Move` record, in elementwise arithmetic of a fixed order: replaying the journal gives
 theta bit for bit, on any device.
@@ -27,11 +29,12 @@ from torch import Tensor
 from zo_engine.journal import Move, short
 from zo_engine.noise import Layout, directions
 from zo_engine.probes import Probes
-from zo_engine.recipe import grown
+from zo_engine.recipe import directions_at
 
-DAMPINGS = (0.03, 0.1, 0.3, 1.0, 3.0, 10.0)  # lambda, in units of the mean diagonal of Z'J'JZ
+DAMPINGS = (0.03, 0.3)  # lambda, in units of the mean diagonal of Z'J'JZ
+SHARES = (0.2, 0.35, 0.6, 1.0)  # of the solution's way
+TRIES = tuple((damping, share) for damping in DAMPINGS for share in SHARES)
 REACH = 0.3  # of a move, root mean square: what is longer is shortened, since no model of a loss holds that far
-FRESH = 2  # times the batch: examples that choose among them
 
 Outcomes = Callable[[int, Probes, bool], Tensor]
 
@@ -51,7 +54,7 @@ class GaussNewton:
         device: torch.device | str = "cpu",
     ):
         """layout: of the whole theta. parts: the tensors that one direction moves, which make it up; a probe of the
-        last part runs all that any part needs. per_part: directions of every part at first (`recipe.grown`)."""
+        last part runs all that any part needs. per_part: directions of every part at first (`recipe.directions_at`)."""
         self.layout, self.parts, self.seed, self.kind, self.eps = layout, list(parts), seed, kind, eps
         self.per_part = list(per_part)
         self.theta = torch.zeros(layout.size, device=device)
@@ -59,7 +62,8 @@ class GaussNewton:
 
     def counts(self, step: int) -> list[int]:
         """Directions of every part in a step, at most one an element."""
-        return [min(grown(count, step), part.size) for count, part in zip(self.per_part, self.parts, strict=True)]
+        wanted = (directions_at(count, step) for count in self.per_part)
+        return [min(count, part.size) for count, part in zip(wanted, self.parts, strict=True)]
 
     def directions(self) -> list[Tensor]:
         """The directions of the next step for every part, each [K, n of the part]."""
@@ -72,31 +76,30 @@ class GaussNewton:
         """Rows that one example has in a step, before the tries."""
         return sum(count + 1 for count in self.counts(step))
 
-    def advance(self, outcomes: Outcomes, batch: int, fresh: int = 0, dampings: Sequence[float] = DAMPINGS) -> Move:
+    def advance(self, outcomes: Outcomes, batch: int, fresh: int, tries: Sequence[tuple[float, float]] = TRIES) -> Move:
         """One live step: probe, solve, try, move. Returns its record for the journal.
 
         outcomes(part, probes, fresh): the loss of every row and then its features [R, 1 + m], with the perturbation
         inside of a part; of this step's batch of `batch` examples, whose rows come one example a call, or of a fresh
-        batch of `fresh` (FRESH times as large, if not given), where only the losses are read: [R, 1] will do, and they
-        may be other losses than those of the batch. What is not finite skips the step.
+        batch of `fresh`, where only the losses are read: [R, 1] will do, and they may be other losses than those of
+        the batch. tries: (damping, share of the way) of every move that is tried. What is not finite skips the step.
         """
         gram, slope, loss = self._model(outcomes, batch)
         if not (gram.isfinite().all() and slope.isfinite().all()):
             self.skip()
             return Move(self.step - 1, (), 0.0, short(loss))
-        found = [self._shortened(w) for w in _solutions(gram.cpu(), slope.cpu(), dampings)]
+        found = [self._shortened(w) for w in _solutions(gram.cpu(), slope.cpu(), tries)]
         weights = [(0.0,) * len(slope), *found]
         moves = torch.stack(self._moves(weights))
-        rows = fresh or FRESH * batch
         probes = Probes(
             moves,
             1.0,
-            torch.arange(len(moves)).repeat_interleave(rows),
-            torch.ones(len(moves) * rows, dtype=torch.int8),
-            torch.arange(rows).repeat(len(moves)),
+            torch.arange(len(moves)).repeat_interleave(fresh),
+            torch.ones(len(moves) * fresh, dtype=torch.int8),
+            torch.arange(fresh).repeat(len(moves)),
             self.layout,
         )
-        tried = outcomes(len(self.parts) - 1, probes, True)[:, 0].double().view(len(moves), rows).mean(1).cpu()
+        tried = outcomes(len(self.parts) - 1, probes, True)[:, 0].double().view(len(moves), fresh).mean(1).cpu()
         best = int(tried.nan_to_num(nan=torch.inf).argmin())
         size = moves[best].square().mean().sqrt().item()
         record = Move(
@@ -104,7 +107,7 @@ class GaussNewton:
             weights[best],
             short(size),
             short(loss),
-            dampings[best - 1] if best else 0.0,
+            *(tries[best - 1] if best else (0.0, 0.0)),
             tuple(short(t) for t in tried.tolist()),
         )
         self.apply(record)
@@ -188,7 +191,8 @@ class GaussNewton:
         self.step, self.skipped = int(scalars["step"]), int(scalars["skipped"])
 
 
-def _solutions(gram: Tensor, slope: Tensor, dampings: Sequence[float] = DAMPINGS) -> list[tuple[float, ...]]:
-    """The weights w [K] for every damping, rounded as the journal keeps them."""
+def _solutions(gram: Tensor, slope: Tensor, tries: Sequence[tuple[float, float]] = TRIES) -> list[tuple[float, ...]]:
+    """The weights w [K] for every damping and share of the way, rounded as the journal keeps them."""
     unit = gram.diagonal().mean().clamp(min=1e-30) * torch.eye(len(gram), dtype=gram.dtype)
-    return [tuple(short(w) for w in torch.linalg.solve(gram + d * unit, -slope).tolist()) for d in dampings]
+    solved = {damping: torch.linalg.solve(gram + damping * unit, -slope) for damping, _ in tries}
+    return [tuple(short(w) for w in (share * solved[damping]).tolist()) for damping, share in tries]

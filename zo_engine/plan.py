@@ -30,7 +30,7 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 from zo_engine import recipe as recipes
 from zo_engine.blocks import Prefix, Replay, answering, levels, relayed
 from zo_engine.hub import MODELS, find, is_language, read_json, text_length
-from zo_engine.newton import DAMPINGS, FRESH, GaussNewton
+from zo_engine.newton import TRIES, GaussNewton
 from zo_engine.offload import ALIGNED, Block, block_names, end_names, piece_rows, tensors
 from zo_engine.probes import GainSpace, Probes, evaluate
 from zo_engine.recipe import DIRECTIONS
@@ -200,8 +200,8 @@ class Work:
 
 
 def task(model: nn.Module, work: Work, device: str = "meta") -> tuple[Any, Callable, Callable]:
-    """(batch of FRESH times the examples, losses and features of part of it, its losses), zeros as data."""
-    count, config = FRESH * work.batch, model.config
+    """(batch of the examples, losses and features of part of it, its losses), zeros as data."""
+    count, config = work.batch, model.config
     make = lambda *shape, dtype=torch.float32: torch.zeros(*shape, dtype=dtype, device=device)  # noqa: E731
     if work.size is None:
         tokens = make(count, work.length, dtype=torch.int64)
@@ -237,13 +237,12 @@ def step(
         replays: dict[tuple, Replay] = {}
 
         def evaluated(part: int, probes: Probes, fresh: bool) -> Tensor:
-            count = FRESH * work.batch if fresh else work.batch
             read = losses if fresh else outcomes
             sample = lambda index: read(batch.take(index.to(device)))  # noqa: E731
             if prefixes[part] and (part, fresh) not in replays:
                 with space.dressed(method.theta):
                     run = _prefix if short else Prefix.run
-                    replays[part, fresh] = run(prefixes[part], sample, count, rows, blocks[:relay])
+                    replays[part, fresh] = run(prefixes[part], sample, work.batch, rows, blocks[:relay])
             replay = replays.get((part, fresh))
             if not short:
                 found = evaluate(space, method.theta, probes, sample, rows, replay, blocks[:relay])
@@ -251,7 +250,7 @@ def step(
                 found = _passes(space, method.theta, probes, sample, rows, replay, blocks, relay)
             return found[:, None] if fresh else found
 
-        method.advance(evaluated, min(2, work.batch) if short else work.batch)
+        method.advance(evaluated, min(2, work.batch) if short else work.batch, work.batch)
     return counter.peak, 4 * method.layout.size
 
 
@@ -413,13 +412,13 @@ def _moved(
         once = relay or (last - first <= slots and not head)
         return sum(blocks[first:last]) * (1 if once else math.ceil(count / rows))
 
-    found, total, tried = levels(find_scales(model), work.depth), 0, FRESH * work.batch
+    found, total, tried = levels(find_scales(model), work.depth), 0, work.batch
     first = [min(level.first, away) for level in found]
     for start, level in zip(first, found, strict=True):
         probes = level.share(work.directions) + 1
         total += brought(0, start, work.batch) + work.batch * brought(start, away, probes)
         total += work.batch * math.ceil(probes / rows) * head
-    tries = (len(DAMPINGS) + 1) * tried
+    tries = (len(TRIES) + 1) * tried
     return total + brought(0, first[-1], tried) + brought(first[-1], away, tries) + math.ceil(tries / rows) * head
 
 
@@ -526,7 +525,7 @@ def of(
         buckets = recipe.resolution or (MODELS[name].resolution if name in MODELS else str(resolution))
         sides = [tuple(int(n) for n in (b.split("x") if "x" in b else (b, b))) for b in buckets.split(",")]
         size = max(sides, key=math.prod) if pictures else None
-        directions = (recipe.directions or DIRECTIONS) << recipes.DOUBLINGS
+        directions = recipes.directions_at(recipe.directions or DIRECTIONS, recipe.steps - 1)  # of the last steps
         work = Work(recipe.batch_size, length if pictures else recipe.length, size, recipe.depth, directions)
         memory, rows = memory or recipe.memory, rows or recipe.rows
         offload = offload if recipe.offload == "auto" else recipe.offload

@@ -50,6 +50,7 @@ from zo_engine.hub import (
     first_line,
     language_config,
     open_shard,
+    read_json,
     some,
 )
 from zo_engine.offload import block_names, end_names

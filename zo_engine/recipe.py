@@ -21,8 +21,8 @@ GROWTH = 12  # steps after which they double: early on a new look at the loss is
 DOUBLINGS = 2
 
 
-def grown(directions: int, step: int) -> int:
-    """Directions of a level at a step, where there are so many at first."""
+def directions_at(directions: int, step: int) -> int:
+    """Directions of a level at a step of a Gauss-Newton run, where there are so many at first."""
     return directions << min(step // GROWTH, DOUBLINGS)
 
 

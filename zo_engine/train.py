@@ -38,9 +38,9 @@ from zo_engine import (
 from zo_engine.blocks import Prefix, Replay, levels
 from zo_engine.hub import first_line, is_language, read_json, some
 from zo_engine.journal import Record, short
-from zo_engine.newton import FRESH, GaussNewton
+from zo_engine.newton import GaussNewton
 from zo_engine.probes import Probes, Space, evaluate
-from zo_engine.recipe import DIRECTIONS, DOUBLINGS, Recipe, RecipeError, named
+from zo_engine.recipe import DIRECTIONS, Recipe, RecipeError, directions_at, named
 from zo_engine.run import Run, write_atomic
 from zo_engine.scales import ScaleView, find_scales, formats_of, prove_live
 from zo_engine.style import Style, journal_tensors, make_method, make_space, save_style, theta_tensors
@@ -523,7 +523,7 @@ def place(
             "instead"
         )
     model = plan.skeleton(read_json(part / "config.json"), recipe.quantization, work.dtype)
-    work = dataclasses.replace(work, directions=(recipe.directions or DIRECTIONS) << DOUBLINGS)  # of the last steps
+    work = dataclasses.replace(work, directions=directions_at(recipe.directions or DIRECTIONS, recipe.steps - 1))
     memory = free(device) if recipe.memory == "auto" else plan.parse_memory(recipe.memory)
     tier = recipe.offload
     if tier == "auto":
@@ -598,7 +598,6 @@ class Training:
         found = levels(studio.space.views, self.recipe.depth)
         self.prefixes = [Prefix(studio.model, level) if level.first else None for level in found]
         self.rows = rows_of(studio)
-        self.rows = rows_of(studio)
         mover = getattr(studio.model, "mover", None)
         self.relay = mover.relay if mover else []
         self.best = (math.inf, 0)  # held-out loss and step
@@ -651,43 +650,39 @@ class Training:
         """From one batch to the next theta. part is told the share of the step that is done; whatever it raises ends
         the step without a trace."""
         recipe, task, step, theta = self.recipe, self.studio.task, self.method.step, self.method.theta
-
         replays: dict[tuple, Replay] = {}
-        drawn: dict[bool, Any] = {}  # the batch of the step, and the fresh one of its searches and tries
 
-        def evaluated(outputs: Callable, size: int, level: int, probes: Probes, fresh: bool) -> Tensor:
-            if fresh not in drawn:
-                drawn[fresh] = task.batch(step, size, SEARCH if fresh else TRAINING)
-            batch = drawn[fresh]
+        def evaluated(outputs: Callable, batch: Any, level: int, probes: Probes, fresh: bool) -> Tensor:
             rows = lambda index: outputs(batch.take(index.to(theta.device)))  # noqa: E731
             prefix = self.prefixes[level] if outputs.__name__ in task.one_pass else None
             space = self.studio.space
             if prefix and (level, fresh) not in replays:
                 with space.dressed(theta):
-                    replays[level, fresh] = prefix.run(rows, size, self.rows, self.relay)
+                    replays[level, fresh] = prefix.run(rows, len(batch), self.rows, self.relay)
             return evaluate(space, theta, probes, rows, self.rows, replays.get((level, fresh)), self.relay)
 
         if isinstance(self.method, GaussNewton):
             with self.studio.space.folded(theta):
-                drawn[False] = task.lesson(step, recipe.batch_size)
-            count, made = len(drawn[False]), 0
-            total = count * self.method.cost(step)
+                lesson = task.lesson(step, recipe.batch_size)
+            trial = task.trial(step, recipe.batch_size)
+            made, total = 0, len(lesson) * self.method.cost(step)
 
             def outcomes(level: int, probes: Probes, fresh: bool) -> Tensor:
                 nonlocal made
                 if fresh:
-                    found = evaluated(task.losses, recipe.batch_size * FRESH, level, probes, fresh)[:, None]
+                    found = evaluated(task.losses, trial, level, probes, fresh)[:, None]
                 else:
-                    found = evaluated(task.outcomes, count, level, probes, fresh)
+                    found = evaluated(task.outcomes, lesson, level, probes, fresh)
                     made += len(probes.sign)
                 part(made / total)
                 return found
 
-            record = self.method.advance(outcomes, count, recipe.batch_size * FRESH, task.dampings)
+            record = self.method.advance(outcomes, len(lesson), len(trial), task.tries)
             return task.told(record) if isinstance(task, Rewarded) else record
 
         def losses(probes: Probes, fresh: bool) -> Tensor:
-            return evaluated(task.losses, recipe.batch_size, -1, probes, fresh).cpu()
+            batch = task.batch(step, recipe.batch_size, SEARCH if fresh else TRAINING)
+            return evaluated(task.losses, batch, -1, probes, fresh).cpu()
 
         schedule = trapezoid(step, recipe.steps, recipe.warmup, recipe.decay)
         return self.method.advance(losses, recipe.batch_size, recipe.space == "gain", schedule)

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from zo_engine.newton import DAMPINGS
+from zo_engine.newton import TRIES
 
 GOLDEN = 0.6180339887498949  # the most even sequence of offsets: frac(k * GOLDEN)
 TRAINING, SEARCH, HELD_OUT = 1, 2, 3  # streams of randomness
@@ -104,7 +104,7 @@ class Diffusion:
     """Examples, and the losses and pictures of a transformer on them."""
 
     one_pass = ("losses", "outcomes")  # pass through the model once, so that what lies before a level can be replayed
-    dampings = DAMPINGS
+    tries = TRIES
 
     def __init__(
         self,
@@ -164,6 +164,10 @@ class Diffusion:
     def lesson(self, step: int, size: int) -> Batch:
         """What a Gauss-Newton step learns from: the batch of the step."""
         return self.batch(step, size)
+
+    def trial(self, step: int, size: int) -> Batch:
+        """What its moves are tried on: the next step's lesson, so that no picture is seen only for that."""
+        return self.lesson(step + 1, size)
 
     def evaluation(self, items: int) -> list[Batch]:
         """The fixed (picture, noise level, noise) items of the held-out loss, about `items` in all, by picture size."""

@@ -26,7 +26,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from zo_engine.journal import Move
 from zo_engine.rewards import Reward
-from zo_engine.tasks.diffusion import HELD_OUT, TRAINING, turns
+from zo_engine.tasks.diffusion import HELD_OUT, SEARCH, TRAINING, turns
 from zo_engine.tasks.text import Batch, generated, left_padded, padding, stack, token_features
 from zo_engine.tokens import IGNORED, Tokens
 
@@ -61,7 +61,8 @@ class Rewarded:
     """Prompts, and the rewards of a causal language model's answers to them."""
 
     one_pass = ("outcomes",)  # the losses are of answers, which take a pass a token
-    dampings = (1.0, 3.0, 10.0, 30.0, 100.0, 300.0)  # larger than elsewhere: a lesson is few answers, and says little
+    # Dampings larger than elsewhere: a lesson is few answers, and says little.
+    tries = tuple((damping, 1.0) for damping in (1.0, 3.0, 10.0, 30.0, 100.0, 300.0))
 
     def __init__(
         self,
@@ -108,6 +109,10 @@ class Rewarded:
         batch = stack(answers, padding(self.tokenizer))
         weights = (weight[chosen] / weight[chosen].mean()).float()
         return Answered(batch.tokens, batch.mask, batch.labels, weights).to(self.device)
+
+    def trial(self, step: int, size: int) -> Asked:
+        """What its moves are tried on: fresh prompts, twice as many, for a reward says little."""
+        return self.batch(step, 2 * size, SEARCH)
 
     def _learnt(self, prompt: Prompt, written: list[int]) -> Tokens:
         return Tokens((*prompt.ids, *written), (IGNORED,) * len(prompt.ids) + tuple(written))

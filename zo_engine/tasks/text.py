@@ -16,7 +16,6 @@ from torch.nn.functional import cross_entropy, pad
 from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.generation import TemperatureLogitsWarper, TopPLogitsWarper
 
-from zo_engine.newton import DAMPINGS
 from zo_engine.offload import head_parts
 from zo_engine.tasks.diffusion import TRAINING, turns
 from zo_engine.texts import Message
@@ -209,7 +208,8 @@ class Language:
     """Examples, and the losses of a causal language model on them."""
 
     one_pass = ("losses", "outcomes")  # pass through the model once, so that what lies before a level can be replayed
-    dampings = (*DAMPINGS[2:], 30.0, 100.0, 300.0, 1000.0)  # probabilities near 0 and 1 hide their curvature
+    # Large dampings, too: probabilities near 0 and 1 hide their curvature.
+    tries = tuple((damping, share) for damping in (1.0, 10.0, 100.0, 1000.0) for share in (0.35, 1.0))
 
     def __init__(
         self,
@@ -233,6 +233,10 @@ class Language:
     def lesson(self, step: int, size: int) -> Batch:
         """What a Gauss-Newton step learns from: the batch of the step."""
         return self.batch(step, size)
+
+    def trial(self, step: int, size: int) -> Batch:
+        """What its moves are tried on: the next step's lesson, so that no example is seen only for that."""
+        return self.lesson(step + 1, size)
 
     def evaluation(self, items: int) -> list[Batch]:
         """The fixed examples of the held-out loss, `items` at most: examples of like length together."""
