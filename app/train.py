@@ -22,7 +22,7 @@ from zo_engine import recipe as recipes
 from zo_engine.hub import MODELS
 from zo_engine.run import Run
 
-LENGTHS = [("Quick, 12 steps", 12), ("Normal, 33 steps", 33), ("Thorough, 80 steps", 80)]
+LENGTHS = [("Quick, 12 steps", 12), ("Normal, 36 steps", 36), ("Thorough, 80 steps", 80)]
 ELSEWHERE = (  # not among the dials
     *("images", "trigger", "model"),
     *("texts", "text_columns", "skip_bad", "length", "completions_only"),

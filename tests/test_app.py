@@ -756,7 +756,7 @@ def test_few_long_steps_are_told_as_they_go(place):
     assert "Taking up the run" in show("running", first | {"step": 7})
 
     run.journal_file.write_text(
-        Move(0, (0.1,), 0.02, 0.8, 0.1, (0.8, 0.9, 0.72)).to_json() + "\n" + Move(1, (), 0.0, 0.7).to_json() + "\n"
+        Move(0, (0.1,), 0.02, 0.8, 0.1, tried=(0.8, 0.9, 0.72)).to_json() + "\n" + Move(1, (), 0.0, 0.7).to_json() + "\n"
     )
     series = Series.of(run)
     assert series.gains().x == [1] and series.gains().y == pytest.approx([10])

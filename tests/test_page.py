@@ -324,7 +324,7 @@ def test_every_tab_can_be_read_by_everybody(server, visit):
 
 def test_little_travels(server, visit):
     """All of a draft's twenty-two pictures and the page around them, to a browser that has nothing yet."""
-    server.place.drafts.example("tarot").change(steps=33)  # the draft that is shown
+    server.place.drafts.example("tarot").change(steps=36)  # the draft that is shown
     page = visit(None)
     line, sizes = page.context.new_cdp_session(page), []
     line.send("Network.enable")

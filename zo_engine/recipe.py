@@ -63,7 +63,7 @@ class Recipe:
     reward: str = setting("", "what an answer is worth, in place of learning given ones: json, json:key,key, match, "
                           "length:60, avoid:word, or rewards.py:function, whose code is run")  # fmt: skip
     # How long
-    steps: int = setting(33, "steps of the run", low=1)
+    steps: int = setting(36, "steps of the run", low=1)
     batch_size: int = setting(16, "pictures or texts in one step", low=1)
     rows: int = setting(0, "rows of one forward pass, to bound memory; 0: as many as a processor's caches like", low=0)
     # The method
