@@ -34,6 +34,7 @@ from zo_engine.run import Run, RunError, after_boot, new_name, write_atomic
 
 PATIENCE = 120  # seconds that a process gets to leave its step and save, before it is ended
 PATIENCE_TO_END = 20  # seconds that a process gets to end once it has saved
+CHANGED_DATA = "--changed-data"  # what lets `qzo resume` go on, and what it says where it does not
 SILENCE = 3.0  # seconds without a heartbeat, after which a process is said to be silent
 LIVE = ("waiting", "preparing", "running", "silent", "stopping")
 RESUMABLE = ("stopped", "interrupted", "failed")
@@ -171,6 +172,11 @@ class Standing:
     why_not_resume: str = ""
 
     @property
+    def changed(self) -> bool:
+        """It would not go on because its pictures or texts are not what they were; the next Resume means it."""
+        return self.state == "failed" and CHANGED_DATA in self.message
+
+    @property
     def live(self) -> bool:
         return self.state in LIVE
 
@@ -229,7 +235,7 @@ class Jobs:
             with suppress(psutil.TimeoutExpired):
                 process.wait(PATIENCE_TO_END)
         self.end_chats()
-        self.job(name).start("resume", str(self.runs / name))
+        self.job(name).start("resume", str(self.runs / name), *([CHANGED_DATA] if standing.changed else []))
 
     def end_chats(self, name: str = "*") -> None:
         """Let go of the models that are kept loaded to talk with, of one run or of all: what was said is on disk."""

@@ -171,6 +171,13 @@ def serve(
         )  # fmt: skip
     except OSError:  # what Gradio says at length: the port is taken, or the address is not of this machine
         raise PageError(f"port {port} of {host} cannot be had; choose another with --port") from None
+    except ValueError as error:  # Gradio asks its own address whether the page is there, and gives up soon
+        if "localhost" not in str(error):
+            raise
+        raise PageError(
+            f"the page opened at port {port}, but did not answer in time: try again when the machine is less busy, and "
+            "if a proxy is set, take this machine out of it (NO_PROXY=localhost,127.0.0.1)"
+        ) from None
     if wait:
         print(f"QZO Studio is at {address}  (Ctrl-C closes the page; runs go on)", flush=True)
         page.block_thread()

@@ -509,8 +509,8 @@ def test_what_needs_most_memory_is_named(place):
     assert "28.0 GB to fetch" in card and "24.3 GB at most" in card and "here already" in card
     assert "not measured here yet" in card
     run = Run.create(place.runs / "swift", draft.recipe())
-    run.write_status("done", step=33, steps=33, seconds_per_step=60.0)
-    assert "33 min for 33 steps, as Swift went" in Models(place).cards("sd3.5-large", "image")
+    run.write_status("done", step=36, steps=36, seconds_per_step=60.0)
+    assert "36 min for 36 steps, as Swift went" in Models(place).cards("sd3.5-large", "image")
 
 
 def test_a_text_to_be_copied_is_text_and_can_be_saved():
@@ -659,7 +659,12 @@ def test_a_run_is_found_again_stopped_killed_and_resumed(place, tiny_folder):
         assert other.look("the-b-one").state == "interrupted" and name not in other.names()
         draft.change(eps=0.05)
         assert History(place).again("the-b-one")[0] == "tarot" and draft.recipe().eps == 0.01
+        caption = min(Path(draft.recipe().images).glob("*.txt"))
+        caption.write_text(caption.read_text() + " at night")
         other.resume("the-b-one")
+        until(lambda: other.look("the-b-one").state == "failed", other.job("the-b-one"))
+        assert other.look("the-b-one").changed and "another caption" in other.look("the-b-one").message
+        other.resume("the-b-one")  # the button says now what it means
         until(lambda: other.look("the-b-one").state == "running", other.job("the-b-one"))
         assert Training(place).discard("the-b-one")[0] != "the-b-one"
         assert "the-b-one" not in other.names() and (place.runs / ".bin" / "the-b-one").is_dir()
@@ -756,7 +761,10 @@ def test_few_long_steps_are_told_as_they_go(place):
     assert "Taking up the run" in show("running", first | {"step": 7})
 
     run.journal_file.write_text(
-        Move(0, (0.1,), 0.02, 0.8, 0.1, tried=(0.8, 0.9, 0.72)).to_json() + "\n" + Move(1, (), 0.0, 0.7).to_json() + "\n"
+        Move(0, (0.1,), 0.02, 0.8, 0.1, tried=(0.8, 0.9, 0.72)).to_json()
+        + "\n"
+        + Move(1, (), 0.0, 0.7).to_json()
+        + "\n"
     )
     series = Series.of(run)
     assert series.gains().x == [1] and series.gains().y == pytest.approx([10])
