@@ -30,6 +30,7 @@ VENV = ROOT / ".venv"
 PYTHON = VENV / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
 STAMP = VENV / "start.json"
 CONSTRAINTS = ROOT / "constraints.txt"
+SIDE_BY_SIDE = ["-n", "logical", "--maxprocesses", "4", "--dist", "loadfile"]  # of tests: files share the cores
 
 
 def too_old(version):
@@ -70,7 +71,7 @@ def main(words):
 def plan(words):
     """What the words need: the extras of the package, and the arguments of the environment's Python."""
     if words[:1] == ["test"]:
-        return {"app", "dev", "llm"}, ["-m", "pytest", *words[1:]]
+        return {"app", "dev", "llm"}, ["-m", "pytest", *SIDE_BY_SIDE, *words[1:]]
     # -P: what lies in the current folder must not shadow packages
     words = words or ["ui"]
     return {"app"} if words[0] == "ui" else set(), ["-P", "-m", "zo_engine", *words]

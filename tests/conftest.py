@@ -1,5 +1,6 @@
 """What the tests share: tiny real models, made once."""
 
+import os
 import sys
 from collections.abc import Callable
 from functools import cache
@@ -11,6 +12,9 @@ import torch
 
 from zo_engine.__main__ import main
 from zo_engine.models import load_transformer
+
+# Tests run side by side (start.py): each process gets its share of the cores.
+torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1))))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -58,9 +58,9 @@ def test_steps_come_back_from_their_lines(step, slopes, clip, size, loss, search
 
 
 @calm
-@given(step=st.integers(0, 2**40), weights=several, size=numbers, loss=numbers, damping=numbers, tried=several)
-def test_moves_come_back_from_their_lines(step, weights, size, loss, damping, tried):
-    made = Move(step, weights, size, loss, damping, tried)
+@given(st.tuples(st.integers(0, 2**40), several, numbers, numbers, numbers, numbers, several))
+def test_moves_come_back_from_their_lines(figures):
+    made = Move(*figures)
     again = journal.read(journal.seal(made.to_json()))
     assert again.to_json() == made.to_json() and again.skipped == made.skipped
 

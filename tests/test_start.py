@@ -27,7 +27,8 @@ RTX_4090 = gpu.Card("NVIDIA GeForce RTX 4090", 581, (8, 9))
 def test_words_become_a_command():
     assert start.plan(["demo", "--seed", "3"]) == (set(), ["-P", "-m", "zo_engine", "demo", "--seed", "3"])
     assert start.plan([]) == start.plan(["ui"]) == ({"app"}, ["-P", "-m", "zo_engine", "ui"])
-    assert start.plan(["test", "-k", "noise"]) == ({"app", "dev", "llm"}, ["-m", "pytest", "-k", "noise"])
+    tests = ["-m", "pytest", *start.SIDE_BY_SIDE, "-k", "noise"]
+    assert start.plan(["test", "-k", "noise"]) == ({"app", "dev", "llm"}, tests)
 
 
 def test_an_old_python_can_read_the_file_and_is_told_so():
