@@ -95,8 +95,9 @@ def zeroth(studio: Studio, recipe: Recipe, every: int) -> tuple[Curve, torch.Ten
 def price(studio: Studio, training: Training) -> float:
     """Make a step; the forwards that it took."""
     recipe, method = studio.recipe, training.method
-    blocks = len(studio.model.get_submodule(levels(studio.space.views, recipe.depth)[0].blocks))
-    shares = [(blocks - level.first + 0.25) / (blocks + 0.25) for level in levels(studio.space.views, recipe.depth)]
+    found = levels(studio.space.views, recipe.depth)
+    blocks = len(studio.model.get_submodule(found[0].blocks)) if found[0].blocks else 0  # without: all in one level
+    shares = [(blocks - level.first + 0.25) / (blocks + 0.25) for level in found]
     if isinstance(method, GaussNewton):
         rows = [count + 1 for count in method.counts(method.step)]
         rows[-1] += (len(studio.task.tries) + 1) * len(studio.task.trial(0, recipe.batch_size)) / recipe.batch_size

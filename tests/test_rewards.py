@@ -161,12 +161,12 @@ def test_perturbed_models_answer_in_one_batch_as_they_do_one_by_one(studio):
 
 
 def test_the_reward_rises_and_a_broken_run_is_taken_up_exactly(studio, tmp_path):
-    whole = go(studio, tmp_path / "whole", steps=4, directions=64)
+    whole = go(studio, tmp_path / "whole", steps=6, directions=64)
     first, *_, last = whole.evaluations()
     assert min(e["loss"] for e in whole.evaluations()) < first["loss"] - 2 * first["error"]
     assert whole.journal()[1].loss == whole.journal()[1].tried[0]
-    go(studio, tmp_path / "broken", steps=4, directions=64, stop_after=2)
-    assert results(go(studio, tmp_path / "broken", steps=4, directions=64)) == results(whole)
+    go(studio, tmp_path / "broken", steps=6, directions=64, stop_after=2)
+    assert results(go(studio, tmp_path / "broken", steps=6, directions=64)) == results(whole)
 
 
 def test_slopes_of_the_reward_itself_make_steps(studio, tmp_path):

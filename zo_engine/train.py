@@ -663,8 +663,7 @@ class Training:
 
         if isinstance(self.method, GaussNewton):
             with self.studio.space.folded(theta):
-                lesson = task.lesson(step, recipe.batch_size)
-            trial = task.trial(step, recipe.batch_size)
+                lesson, trial = task.lesson(step, recipe.batch_size), task.trial(step, recipe.batch_size)
             made, total = 0, len(lesson) * self.method.cost(step)
 
             def outcomes(level: int, probes: Probes, fresh: bool) -> Tensor:

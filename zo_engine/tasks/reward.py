@@ -4,8 +4,9 @@ Nothing of the reward r is differentiated. With y an answer drawn from the model
 E[r grad log p(y)] (Williams 1992), and with the Fisher matrix of the answers that is a natural gradient (Kakade 2001):
 both are what `newton` finds for a cross-entropy whose examples are the model's own answers, weighted by what they are
 worth above the mean (reward-weighted regression, Peters and Schaal 2007; worse ones have no weight). Which of its moves
-is made, if any, is decided by the reward itself: the model answers fresh prompts after each of them, all in stacked
-batches with the same random numbers. The loss of a run is one minus the reward.
+is made, if any, is decided by answers to fresh prompts, drawn once: a move is worth what it does to the likelihood of the
+better ones and of the worse ones, within bounds (Schulman et al., arXiv:1707.06347, equation 7). That says more than new
+answers after each move would, whose rewards differ by chance. The loss of a run is one minus the reward.
 
 One answer in four is the likeliest one, the others are drawn; where several are worth the same, it is learnt. So the
 model comes to give surely what it already gives at its best: drawn answers differ in much that the reward does not see,
@@ -27,10 +28,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from zo_engine.journal import Move
 from zo_engine.rewards import Reward
 from zo_engine.tasks.diffusion import HELD_OUT, SEARCH, TRAINING, turns
-from zo_engine.tasks.text import Batch, generated, left_padded, padding, stack, token_features
+from zo_engine.tasks.text import Batch, generated, left_padded, padding, stack, token_features, token_losses
 from zo_engine.tokens import IGNORED, Tokens
 
 SAMPLES = 4  # answers for each that is learnt: the likeliest one, and drawn ones to other prompts
+TRUSTED = 1.0  # how far the likelihood of an answer may change, relatively, and still count
 
 
 @dataclass(frozen=True)
@@ -57,12 +59,21 @@ class Answered(Batch):
     weight: Tensor  # [B]
 
 
+@dataclass(frozen=True)
+class Judged(Batch):
+    """B answers after their prompts, with what each is worth and the log-likelihood that it had when it was drawn."""
+
+    worth: Tensor  # [B]
+    above: Tensor  # [B]: the mean of all
+    before: Tensor  # [B]
+
+
 class Rewarded:
     """Prompts, and the rewards of a causal language model's answers to them."""
 
     one_pass = ("outcomes",)  # the losses are of answers, which take a pass a token
     # Dampings larger than elsewhere: a lesson is few answers, and says little.
-    tries = tuple((damping, 1.0) for damping in (1.0, 3.0, 10.0, 30.0, 100.0, 300.0))
+    tries = tuple((damping, share) for damping in (0.3, 3.0, 30.0, 300.0) for share in (0.35, 1.0))
 
     def __init__(
         self,
@@ -110,9 +121,19 @@ class Rewarded:
         weights = (weight[chosen] / weight[chosen].mean()).float()
         return Answered(batch.tokens, batch.mask, batch.labels, weights).to(self.device)
 
-    def trial(self, step: int, size: int) -> Asked:
-        """What its moves are tried on: fresh prompts, twice as many, for a reward says little."""
-        return self.batch(step, 2 * size, SEARCH)
+    def trial(self, step: int, size: int) -> Judged:
+        """What its moves are tried on: SAMPLES times `size` answers of the model as it stands to other prompts."""
+        asked = self.batch(step, SAMPLES * size, SEARCH)
+        written = self._written(asked)
+        batch = stack([self._learnt(self.prompts[int(n)], w) for n, w in zip(asked.number, written, strict=True)],
+                      padding(self.tokenizer)).to(self.device)  # fmt: skip
+        worth = torch.tensor(self._rewards(asked, written), device=self.device)
+        before = torch.cat([self._likelihood(batch.take(i)) for i in torch.arange(len(batch)).split(size)])
+        return Judged(batch.tokens, batch.mask, batch.labels, worth, worth - worth.mean(), before)
+
+    def _likelihood(self, batch: Batch) -> Tensor:
+        """[B]: log-likelihood of whole answers."""
+        return -token_losses(self.model, batch) * (batch.labels != IGNORED).sum(1)
 
     def _learnt(self, prompt: Prompt, written: list[int]) -> Tokens:
         return Tokens((*prompt.ids, *written), (IGNORED,) * len(prompt.ids) + tuple(written))
@@ -131,8 +152,13 @@ class Rewarded:
         prompts = (self.prompts[n] for n in asked.number.tolist())
         return [self.reward(p.text, text, p.wanted) for p, text in zip(prompts, texts, strict=True)]
 
-    def losses(self, batch: Asked) -> Tensor:
-        """[B]: one minus the reward of an answer to each prompt, drawn with its seed."""
+    def losses(self, batch: Asked | Judged) -> Tensor:
+        """[B]: one minus the reward of an answer to each prompt, drawn with its seed; of answers that are there, one minus
+        what each is worth to a model that gives them with another likelihood than when they were drawn."""
+        if isinstance(batch, Judged):
+            ratio = (self._likelihood(batch) - batch.before).exp()
+            kept = ratio.clamp(1 - TRUSTED, 1 + TRUSTED)
+            return 1 - batch.worth + batch.above - torch.minimum(ratio * batch.above, kept * batch.above)
         return 1 - torch.tensor(self._rewards(batch, self._written(batch)), device=batch.tokens.device)
 
     def outcomes(self, batch: Answered) -> Tensor:
