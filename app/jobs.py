@@ -174,7 +174,7 @@ class Standing:
     @property
     def changed(self) -> bool:
         """It would not go on because its pictures or texts are not what they were; the next Resume means it."""
-        return self.state == "failed" and CHANGED_DATA in self.message
+        return not self.live and CHANGED_DATA in self.message
 
     @property
     def live(self) -> bool:
