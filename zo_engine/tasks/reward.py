@@ -4,9 +4,9 @@ Nothing of the reward r is differentiated. With y an answer drawn from the model
 E[r grad log p(y)] (Williams 1992), and with the Fisher matrix of the answers that is a natural gradient (Kakade 2001):
 both are what `newton` finds for a cross-entropy whose examples are the model's own answers, weighted by what they are
 worth above the mean (reward-weighted regression, Peters and Schaal 2007; worse ones have no weight). Which of its moves
-is made, if any, is decided by answers to fresh prompts, drawn once: a move is worth what it does to the likelihood of the
-better ones and of the worse ones, within bounds (Schulman et al., arXiv:1707.06347, equation 7). That says more than new
-answers after each move would, whose rewards differ by chance. The loss of a run is one minus the reward.
+is made, if any, is decided by answers to fresh prompts, drawn once: a move is worth what it does to the likelihood of
+the better ones and of the worse ones, within bounds (Schulman et al., arXiv:1707.06347, equation 7). That says more
+than new answers after each move would, whose rewards differ by chance. The loss of a run is one minus the reward.
 
 One answer in four is the likeliest one, the others are drawn; where several are worth the same, it is learnt. So the
 model comes to give surely what it already gives at its best: drawn answers differ in much that the reward does not see,
@@ -153,8 +153,8 @@ class Rewarded:
         return [self.reward(p.text, text, p.wanted) for p, text in zip(prompts, texts, strict=True)]
 
     def losses(self, batch: Asked | Judged) -> Tensor:
-        """[B]: one minus the reward of an answer to each prompt, drawn with its seed; of answers that are there, one minus
-        what each is worth to a model that gives them with another likelihood than when they were drawn."""
+        """[B]: one minus the reward of an answer to each prompt, drawn with its seed; of answers that are there, one
+        minus what each is worth to a model that gives them with another likelihood than when they were drawn."""
         if isinstance(batch, Judged):
             ratio = (self._likelihood(batch) - batch.before).exp()
             kept = ratio.clamp(1 - TRUSTED, 1 + TRUSTED)
