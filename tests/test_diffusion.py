@@ -126,8 +126,8 @@ def test_caption_dropout_shows_the_empty_caption():
 def test_a_share_of_the_batch_keeps_the_bases_answers():
     kept = [Example(e.latents, e.prompt, e.pooled, e.latents + 1, 0.125) for e in examples(3)]
     made = Diffusion(
-        None, examples(7), examples(2), (torch.zeros(16, 64), torch.zeros(64)), kept, seed=3, shift=3.0, prior=0.25,
-        caption_dropout=1.0,
+        None, examples(7), examples(2), (torch.zeros(16, 64), torch.zeros(64)), lambda: kept, seed=3, shift=3.0,
+        prior=0.25, caption_dropout=1.0,
     )  # fmt: skip
     batch = made.batch(0, 8)
     assert batch.sigma[6:].tolist() == [0.125, 0.125] and (batch.sigma[:6] != 0.125).all()

@@ -7,13 +7,17 @@ import math
 import os
 import random
 import shutil
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock
+from safetensors.torch import load_file, save_file
 from test_train import data, go, recipe, results, studio  # noqa: F401 (fixtures)
 
-from zo_engine import journal, sealed
+from zo_engine import journal, models, sealed
 from zo_engine import train as training
 from zo_engine.apply import open_style
 from zo_engine.journal import JournalError, Step
@@ -352,6 +356,50 @@ def test_changed_texts_and_rewards_are_noticed(language_folder, tmp_path):
     own.write_text("def worth(prompt, answer):\n    return 0.25\n")
     now = training.prepare(asked, tmp_path).data
     assert training.changes(first, now) == "mine.py has other contents, t.jsonl has other contents"
+
+
+@pytest.mark.parametrize(
+    "file, name",
+    [
+        ("vae/diffusion_pytorch_model.safetensors", "decoder.conv_in.weight"),  # previews alone would tell
+        ("transformer/diffusion_pytorch_model.safetensors", "pos_embed.proj.weight"),  # not quantised: codes stay
+        ("text_encoder/model.safetensors", "text_projection.weight"),  # its embeddings may be in the cache still
+    ],
+)
+def test_a_changed_weight_outside_of_the_codes_is_named_at_the_resume(qzo, tiny_folder, recipe, tmp_path, file, name):  # noqa: F811
+    from zo_engine import recipe as recipes
+
+    model, run = tmp_path / "model", Run(tmp_path / "run")
+    shutil.copytree(tiny_folder, model)
+    (tmp_path / "recipe.toml").write_text(
+        recipes.dump(dataclasses.replace(recipe, model=str(model), steps=1, prior=0.0))
+    )
+    assert qzo("train", tmp_path / "recipe.toml", "--out", run.path)[0] == 0
+    tensors = load_file(model / file)
+    tensors[name] = tensors[name] + 1
+    save_file(tensors, model / file)
+    code, _, err = qzo("resume", run.path)
+    assert code == 2 and f"{file} has other contents" in err and "as it was" in err
+    assert f"not as in the run: {file} has other contents" in qzo("verify", run.path)[1]
+    shutil.rmtree(model)
+    shutil.copytree(tiny_folder, model)  # other times of the files, the same contents
+    assert qzo("resume", run.path)[0] == 0
+
+
+def test_a_store_that_another_run_is_making_is_waited_for_and_taken(tiny_folder, tmp_path):
+    load = lambda: models.load_transformer(tiny_folder, placement=models.Placement(2, 1, tmp_path / "store"))  # noqa: E731
+    codes = models.code_hash(load())
+    (lock,) = (tmp_path / "store").glob("*.lock")
+    made = lock.with_suffix("")
+    made.rename(tmp_path / "made elsewhere")
+    with ThreadPoolExecutor(1) as pool:
+        with FileLock(lock):
+            second = pool.submit(load)
+            time.sleep(0.5)  # long enough to have begun one of its own
+            (tmp_path / "made elsewhere").rename(made)
+            there = {file.name: file.stat().st_ino for file in made.iterdir()}
+        assert models.code_hash(second.result()) == codes
+    assert {file.name: file.stat().st_ino for file in made.iterdir()} == there
 
 
 def test_what_leaves_the_machine_names_no_folder_of_it(studio, whole, language_folder, tmp_path):  # noqa: F811

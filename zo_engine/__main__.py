@@ -113,6 +113,11 @@ def start(run: Run, recipe: recipes.Recipe | None, runs_dir: Path, as_json: bool
                 f"{run.path} was trained on other codes ({expected[:12]}) than {studio.recipe.model} has now "
                 f"({studio.code_hash[:12]}): the model has changed, so the run cannot go on"
             )
+        if changed := training.changes(known.get("weights", studio.weights), studio.weights):
+            raise RunError(
+                f"{run.path} was trained on other weights than {studio.recipe.model} has now: {changed}; the run can "
+                "go on once the model is as it was"
+            )
         if changed := training.changes(known.get("data", studio.data), studio.data):
             if not changed_data:
                 raise RunError(

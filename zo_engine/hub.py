@@ -5,6 +5,7 @@ is loaded, and torch is not imported.
 """
 
 import difflib
+import hashlib
 import json
 import re
 import shutil
@@ -34,6 +35,7 @@ WEIGHT_NAMES = ("diffusion_pytorch_model.safetensors", "model.safetensors")  # d
 WEIGHTS = re.compile(r"(diffusion_pytorch_)?model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
 # What AutoGPTQ and gptqmodel write, and look for before the names above; transformers knows them not.
 GPTQ_WEIGHTS = re.compile(r"gptq_model-(\d+bit-(-1|\d+)g)(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
+LOOKS, LOOK = 64, 2**16  # how often, and for how many bytes, a file of weights is looked into for `weights_held`
 PICKLES = ("*.bin", "*.ckpt", "*.pt", "*.pth", "*.pkl")
 
 
@@ -417,6 +419,24 @@ def find_weights(folder: Path) -> tuple[list[str], list[Path]]:
     if "-of-" in names[0]:
         raise ModelError(f"{folder} has shards but no index (*.safetensors.index.json); download the model again")
     return [], [folder / names[0]]
+
+
+def weights_held(folder: Path) -> dict[str, list[str]]:
+    """What a model's files of weights held, by path in the folder: a digest of the size and of LOOKS places of each.
+
+    A model that was trained further or replaced differs nearly everywhere, and to read all of ten gigabytes would cost
+    a start more than it is worth. The quantised codes are compared in full (`quantize.code_hash`)."""
+    folder, found = Path(folder), {}
+    parts = [folder] if is_language(folder) else [folder / part for part in WEIGHTED_PARTS]
+    for shard in (shard for part in parts for shard in find_weights(part)[1]):
+        size = shard.stat().st_size
+        digest = hashlib.sha256(str(size).encode())
+        with open(shard, "rb") as file:
+            for number in range(LOOKS):
+                file.seek(max(0, size - LOOK) * number // (LOOKS - 1))
+                digest.update(file.read(LOOK))
+        found[shard.relative_to(folder).as_posix()] = [digest.hexdigest()[:16]]
+    return found
 
 
 def check_index(folder: Path, listed: list[str], found: set[str]) -> None:

@@ -11,15 +11,13 @@ calls feed-forward, the input, W (g x). So:
 """
 
 import json
-import os
-import shutil
 from pathlib import Path
 
 from safetensors.torch import save
 from torch import Tensor
 
 from zo_engine.probes import GainSpace, Space
-from zo_engine.run import write_atomic
+from zo_engine.run import appearing, write_atomic
 from zo_engine.style import StyleError
 
 
@@ -76,10 +74,6 @@ def save_to(out: Path, space: Space, theta: Tensor, base: str) -> Path:
     out = Path(out)
     if out.exists():
         raise StyleError(f"{out} exists already; remove it, or choose another name")
-    work = out.with_name(f".{out.name}.{os.getpid()}.tmp")
-    try:
+    with appearing(out) as work:
         save_adapter(work, found, inputs, base)
-        os.replace(work, out)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
     return out

@@ -17,6 +17,7 @@ from pathlib import Path
 import diffusers
 import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
+from filelock import FileLock
 from torch import nn
 from transformers import (
     BitsAndBytesConfig,
@@ -134,7 +135,9 @@ def _placed(part: Path, placement: Placement, **how) -> nn.Module:
         return load_quantized(part, **how)
     if placement.store:
         key = f"{model_key(part.parent, [part.name])}-{how['quantization']}-{str(how['dtype']).removeprefix('torch.')}"
-        part = store_quantized(part, placement.store / key, **how)
+        placement.store.mkdir(parents=True, exist_ok=True)
+        with FileLock(placement.store / f"{key}.lock"):  # another run may be at making the same
+            part = store_quantized(part, placement.store / key, **how)
     mapped = placement.store is not None
     model = load_quantized(part, **how, away=placement.away, mapped=mapped, ends=placement.ends)
     away, ends = block_names(model)[: placement.away], end_names(model) if placement.ends else []

@@ -2,7 +2,7 @@
 
 runs/<name>/
   recipe.toml        what the run is, every setting resolved
-  run.json           what it belongs to: the model, the hash of its codes, digests of what is learnt from
+  run.json           what it belongs to: the model, the hash of its codes, digests of its files and of what is learnt
   journal.jsonl      one line a step: the run itself
   evaluations.jsonl  held-out losses
   status.json        state, step, last figures, process id and its start: for whoever looks on
@@ -211,9 +211,8 @@ class Run:
 
     def base(self) -> dict[str, Any]:
         found = self._json("run.json")
-        data = found.get("data", {})
         names = all(isinstance(found.get(name, ""), str) for name in ("model", "code_hash"))
-        held = isinstance(data, dict) and all(isinstance(digests, list) and digests for digests in data.values())
+        held = all(_held(found.get(name, {})) for name in ("data", "weights"))
         return found if names and held else self._damaged("run.json")
 
     def write_status(self, state: str, **facts: Any) -> None:
@@ -373,6 +372,11 @@ class Run:
 
     def answers_file(self, step: int) -> Path:
         return self.previews / f"{step:06d}.json"
+
+
+def _held(files: Any) -> bool:
+    """Whether this is what files held: digests by name."""
+    return isinstance(files, dict) and all(isinstance(digests, list) and digests for digests in files.values())
 
 
 def _append(file: Path, line: str) -> None:

@@ -28,7 +28,6 @@ from zo_engine import (
     models,
     pictures,
     plan,
-    plots,
     rewards,
     sealed,
     templates,
@@ -36,7 +35,7 @@ from zo_engine import (
     tokens,
 )
 from zo_engine.blocks import Prefix, Replay, levels
-from zo_engine.hub import first_line, is_language, read_json, some
+from zo_engine.hub import first_line, is_language, read_json, some, weights_held
 from zo_engine.journal import Record, short
 from zo_engine.newton import GaussNewton
 from zo_engine.probes import Probes, Space, evaluate
@@ -216,6 +215,7 @@ class Studio:
     held_out: int
     notes: list[str]
     data: dict[str, list[str]]  # of every file that is learnt from, or judges: what it held; see `digests`
+    weights: dict[str, list[str]]  # of every file of the model: what it held; see `hub.weights_held`
 
     @property
     def untouched(self) -> int:
@@ -267,7 +267,12 @@ def digests(*parts: object) -> list[str]:
 
 def base_of(studio: Studio) -> dict[str, Any]:
     """What a run belongs to, as it stands in its folder."""
-    return {"model": studio.recipe.model, "code_hash": studio.code_hash, "data": studio.data}
+    return {
+        "model": studio.recipe.model,
+        "code_hash": studio.code_hash,
+        "data": studio.data,
+        "weights": studio.weights,
+    }
 
 
 def judged_by(reward: str) -> dict[str, list[str]]:
@@ -277,7 +282,7 @@ def judged_by(reward: str) -> dict[str, list[str]]:
 
 
 def changes(before: dict[str, list[str]], now: dict[str, list[str]]) -> str:
-    """In what the data of a run differs from `Studio.data` as it was, by file; nothing where it does not."""
+    """In what files differ from what they held (`Studio.data`, `Studio.weights`), by name; or nothing."""
     said = []
     for name in sorted(before.keys() | now.keys()):
         if name not in now:
@@ -337,13 +342,19 @@ def prepare_pictures(recipe: Recipe, cache_folder: Path, say: Callable[[str], No
     as_examples = lambda part: [  # noqa: E731
         Example(x, *text[picture.caption]) for (picture, _), x in part for _ in range(picture.repeats)
     ]
-    kept = []
-    if plain:
+
+    def kept() -> list[Example]:
+        """What the base draws without the trigger, whatever has been learnt since."""
+        if not plain:
+            return []
         say(f"asking the base for {len(plain)} pictures without the trigger, to keep them as they are")
         pipe = models.pipeline(folder, transformer)
-        for width, height in dict.fromkeys(bucket for _, bucket in placed):
-            kept += answers(pipe, [text[prompt] for prompt in plain], text[""], seed=recipe.seed, width=width,
-                            height=height, steps=recipe.preview_steps, guidance=recipe.guidance)  # fmt: skip
+        with space.folded(torch.zeros(space.layout.size, device=device)):
+            found = [answers(pipe, [text[prompt] for prompt in plain], text[""], seed=recipe.seed, width=width,
+                             height=height, steps=recipe.preview_steps, guidance=recipe.guidance)
+                     for width, height in dict.fromkeys(bucket for _, bucket in placed)]  # fmt: skip
+        return [example for examples in found for example in examples]
+
     task = Diffusion(
         transformer,
         as_examples(train),
@@ -375,6 +386,7 @@ def prepare_pictures(recipe: Recipe, cache_folder: Path, say: Callable[[str], No
             )
             for p in found
         },
+        weights=weights_held(folder),
     )
 
 
@@ -441,6 +453,7 @@ def prepare_texts(recipe: Recipe, cache_folder: Path, say: Callable[[str], None]
         held_out=len(held_out),
         notes=notes,
         data={Path(recipe.texts).name: digests(contents.examples)} | judged_by(recipe.reward),
+        weights=weights_held(folder),
     )
 
 
@@ -494,6 +507,7 @@ def prepare_task(recipe: Recipe, folder: Path, cache_folder: Path, say: Callable
         held_out=len(held_out),
         notes=notes,
         data={Path(recipe.texts or asked.repo).name: drawn},
+        weights=weights_held(folder),
     )
 
 
@@ -890,7 +904,7 @@ def train(run: Run, studio: Studio, report: Callable[[dict], None], stop: thread
 
     def give_up(why: str) -> NoReturn:
         training.checkpoint()
-        plots.plot(run)
+        draw_plot(run)
         if not training.start:
             raise TrainingError(why)
         training.save_style()
@@ -918,6 +932,7 @@ def train(run: Run, studio: Studio, report: Callable[[dict], None], stop: thread
         if at_end or stop.is_set():
             break
         if method.step == first:
+            training.attempt("the base's own answers", studio.task.begin)
             began = told = time.monotonic()  # the evaluation and the previews before it are no measure of a step
         try:
             record = training.attempt(f"step {method.step}", lambda: training.step(tell))
@@ -948,12 +963,19 @@ def train(run: Run, studio: Studio, report: Callable[[dict], None], stop: thread
         report(facts)
     training.checkpoint()
     training.save_style()
-    plots.plot(run)
+    draw_plot(run)
     state = "done" if at_end else "stopped"
     facts |= {"part": 0.0, "held_out": training.held_out, "skipped": method.skipped, "remaining": 0.0}
     run.write_status(state, **facts, best_step=training.best[1], best_held_out=training.best[0])
     run.log(f"{state} at step {method.step}; best held-out loss {training.best[0]:.6g} at step {training.best[1]}")
     return state
+
+
+def draw_plot(run: Run) -> None:
+    """The figures of a run as a picture."""
+    from zo_engine import plots  # whose library takes half a second, for which nobody should wait at the start
+
+    plots.plot(run)
 
 
 def memory(device: torch.device) -> int:

@@ -121,6 +121,8 @@ def _run(run: Run, cache: Path, model: str, device: str, rows: int, say: Callabl
     )
     if base.get("code_hash") != codes:
         return
+    if lost := changes(base.get("weights", studio.weights), studio.weights):
+        yield Finding("weights", None, f"not as in the run: {lost}")
     changed = changes(base.get("data", {}), studio.data) if "data" in base else ""
     yield Finding("data", None if changed else True, f"not as in the run: {changed}" if changed else "as in the run")
     try:
@@ -153,11 +155,11 @@ def _run(run: Run, cache: Path, model: str, device: str, rows: int, say: Callabl
 
 
 def _studio(run: Run, cache: Path, model: str, device: str, rows: int, say: Callable[[str], None]) -> Studio:
-    """What the run was trained with, without the base's own answers, which only training needs."""
+    """What the run was trained with."""
     recipe = run.recipe()
     changes = {"model": model or recipe.model, "device": device, "rows": rows or recipe.rows}
-    studio = prepare(replace(recipe, **changes, prior=0.0), cache, say)
-    return replace(studio, recipe=replace(recipe, rows=changes["rows"]))
+    studio = prepare(replace(recipe, **changes), cache, say)
+    return replace(studio, recipe=replace(studio.recipe, rows=changes["rows"]))  # not those that `memory` asks for
 
 
 def _replay(studio: Studio, journal: list, steps: set[int]) -> Iterator[tuple[int, torch.Tensor]]:

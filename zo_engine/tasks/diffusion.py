@@ -4,8 +4,9 @@ Rectified flow (Esser et al., arXiv:2403.03206): `x = (1 - sigma) x0 + sigma noi
 All randomness is an argument: a batch carries its noise and noise levels, so that every probe of a step sees the same.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -112,7 +113,7 @@ class Diffusion:
         train: Sequence[Example],
         held_out: Sequence[Example],
         empty: tuple[Tensor, Tensor],
-        kept: Sequence[Example] = (),
+        kept: Callable[[], Sequence[Example]] = tuple,
         *,
         seed: int,
         shift: float,
@@ -124,12 +125,22 @@ class Diffusion:
         dtype: torch.dtype = torch.float32,
     ):
         """empty: (prompt, pooled) embeddings of the empty caption, shown in place of a share of the captions.
-        kept: answers of the base (`answers`) that make up the share `prior` of every training batch."""
+        kept: gives the answers of the base (`answers`) that make up the share `prior` of every training batch. It is
+        called once, before the first of them: to look at a model needs none."""
         self.model, self.empty, self.seed, self.shift = model, empty, seed, shift
         self.sigma_mean, self.sigma_std, self.caption_dropout = sigma_mean, sigma_std, caption_dropout
         self.device, self.dtype = device, dtype
-        self.train, self.held_out, self.kept = _by_size(train), _by_size(held_out), _by_size(kept)
+        self.train, self.held_out, self._ask = _by_size(train), _by_size(held_out), kept
         self.prior = prior
+
+    @cached_property
+    def kept(self) -> dict[tuple[int, ...], list[Example]]:
+        """The base's own answers, by size."""
+        return _by_size(self._ask())
+
+    def begin(self) -> None:
+        """Do what only training needs."""
+        _ = self.kept
 
     def _rng(self, stream: int, step: int) -> np.random.Generator:
         return np.random.Generator(np.random.Philox(key=self.seed, counter=[0, 0, stream, step]))

@@ -178,6 +178,9 @@ class Rewarded:
         seeds = rng.integers(2**62, size=len(held)).tolist()
         return [self._asked(list(held[i : i + 64]), seeds[i : i + 64]) for i in range(0, len(held), 64)]
 
+    def begin(self) -> None:
+        """Nothing is needed that only training needs."""
+
     def figures(self) -> dict[str, float]:
         """Beside the held-out loss, which is of sampled answers: the mean reward of the likeliest ones."""
         parts = self.evaluation(0)

@@ -251,6 +251,9 @@ class Language:
         """[B, 1 + m]: see `token_features`."""
         return token_features(self.model, batch)
 
+    def begin(self) -> None:
+        """Nothing is needed that only training needs."""
+
     def figures(self) -> dict[str, float]:
         """What an evaluation says beside the held-out loss: the share of questions answered right."""
         if not self.questions:
