@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -617,6 +618,7 @@ class Training:
         self.best = (math.inf, 0)  # held-out loss and step
         self.start: list[float] = []  # held-out items before the first step
         self.held_out: float | None = None
+        self.evaluated = -1  # the step that it is of
 
     # Taking up a run
 
@@ -743,7 +745,7 @@ class Training:
         """Take in an evaluation; True if it is the best so far."""
         if not self.start and None not in facts["items"]:
             self.start = facts["items"]
-        self.held_out = facts["loss"]
+        self.held_out, self.evaluated = facts["loss"], facts["step"]
         better = facts["loss"] is not None and facts["loss"] < self.best[0]
         if better:
             self.best = (facts["loss"], facts["step"])
@@ -884,12 +886,13 @@ def train(run: Run, studio: Studio, report: Callable[[dict], None], stop: thread
     facts = {"step": method.step, "steps": recipe.steps, "part": 0.0, "loss": None, "held_out": None}
     told = time.monotonic()
 
+    costs = [0, *accumulate(method.cost(step) for step in range(recipe.steps))]  # of so many steps
+
     def timing(part: float) -> dict[str, float]:
         """Steps do not all cost alike, so time goes by what they cost."""
-        cost = lambda a, b: sum(method.cost(step) for step in range(a, b))  # noqa: E731
-        done = cost(first, method.step) + (part * method.cost(method.step) if part else 0)
+        done = costs[method.step] - costs[first] + (part * method.cost(method.step) if part else 0)
         spent = time.monotonic() - began
-        left = spent / done * (cost(first, recipe.steps) - done)
+        left = spent / done * (costs[-1] - costs[first] - done)
         return {"seconds_per_step": spent / (method.step + part - first), "remaining": left}
 
     def tell(part: float) -> None:
@@ -917,7 +920,7 @@ def train(run: Run, studio: Studio, report: Callable[[dict], None], stop: thread
     while True:
         at_end, asked = method.step >= recipe.steps, run.asked()
         if method.step % recipe.evaluate_every == 0 or at_end or "save" in asked:
-            if not any(e["step"] == method.step for e in run.evaluations()):
+            if training.evaluated != method.step:
                 training.attempt("the held-out loss", training.evaluate)
             training.checkpoint()
         if why := training.diverged():
