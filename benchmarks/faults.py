@@ -371,6 +371,12 @@ def table(pieces: dict[str, dict]) -> str:
     return "\n".join([*lines, "", f"Made by benchmarks/faults.py: {made}.", ""])
 
 
+def there() -> dict[str, dict]:
+    """The pieces that the result file has."""
+    file = RESULTS / "faults.json"
+    return json.loads(file.read_text())["pieces"] if file.exists() else {}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=0, help=f"in pieces of {PIECE}; and every planted defect")
@@ -396,23 +402,22 @@ def main() -> None:
         asked["clients"] = lambda: clients(given.clients)
     if given.soak:
         asked["soak"] = lambda: soak(given.soak)
-    file = RESULTS / "faults.json"
-    pieces = json.loads(file.read_text())["pieces"] if file.exists() else {}
     for key, make in asked.items():
-        if not given.again and pieces.get(key, {}).get("code") == code(key):
+        if not given.again and there().get(key, {}).get("code") == code(key):
             print(f"{key}: is there", flush=True)
             continue
-        began = time.monotonic()
-        made = make()
+        about, began = code(key), time.monotonic()
         here = {name: circumstances()[name] for name in ("date", "commit", "cpu")}
-        pieces[key] = {"code": code(key), **here, "took": round(time.monotonic() - began, 1), **made}
+        made = make()
+        pieces = there()  # again: other pieces may have been made in the meantime
+        pieces[key] = {"code": about, **here, "took": round(time.monotonic() - began, 1), **made}
         save("faults", {"pieces": pieces})
         (RESULTS / "faults.md").write_text(table(pieces))
         print(
             f"{key}: {made['tried']} tried in {pieces[key]['took']:.0f} s, {made['failed'] or 'nothing lost'}",
             flush=True,
         )
-    print(table(pieces))
+    print(table(there()))
 
 
 if __name__ == "__main__":
