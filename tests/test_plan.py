@@ -10,6 +10,7 @@ import torch
 from zo_engine import models, plan
 from zo_engine.offload import block_names
 from zo_engine.plan import SHAPES, PlanError, Work, parse_memory, skeleton
+from zo_engine.scales import find_scales
 
 
 @pytest.fixture(scope="module")
@@ -37,6 +38,39 @@ def test_a_step_without_data_needs_what_a_step_needs(kinds, kind, rows, relay):
     counted, same = plan.step(model, work, rows, device="cpu", relay=relay, short=False)
     assert theta == same
     assert planned == pytest.approx(counted, rel=0.05)
+
+
+@pytest.mark.parametrize(
+    ("kind", "space", "optimizer", "noise"),
+    [
+        ("sd3", "gain", "sgd", "rademacher"),
+        ("sd3", "group", "sgd", "rademacher"),
+        ("llama", "group", "adam", "gaussian"),
+        ("llama", "absolute", "momentum", "rademacher"),
+        ("opt", "gain", "gauss-newton", "gaussian"),
+    ],
+)
+@pytest.mark.parametrize("rows", [2, 16])
+def test_a_step_of_every_method_without_data_needs_what_it_needs(kinds, kind, space, optimizer, noise, rows):
+    model, config, work = kinds[kind]
+    work = dataclasses.replace(work, space=space, optimizer=optimizer, noise=noise)
+    planned, theta = plan.step(skeleton(config, dtype=torch.float32), work, rows)
+    counted, same = plan.step(model, work, rows, device="cpu", short=False)
+    assert theta == same
+    assert planned == pytest.approx(counted, rel=0.05)
+
+
+def test_theta_is_as_large_as_the_scales_in_group_space_and_the_plan_says_so(kinds):
+    _, config, work = kinds["llama"]
+    model = skeleton(config, dtype=torch.float32)
+    gain, group, adam = (
+        plan.make(model, dataclasses.replace(work, depth=1.0, optimizer=optimizer, space=space), 4)
+        for space, optimizer in (("gain", "sgd"), ("group", "sgd"), ("group", "adam"))
+    )
+    scales = sum(view.base.nbytes for view in find_scales(model).values())
+    assert group.theta == scales > gain.theta and adam.theta == 3 * scales
+    assert adam.working > group.working
+    assert "(theta is" in dataclasses.replace(adam, theta=adam.device // 10).said() and "(theta is" not in gain.said()
 
 
 @pytest.mark.parametrize(("kind", "quantization"), [("sd3", "nf4"), ("sd3", "int8"), ("llama", "nf4"), ("opt", "nf4")])
@@ -96,9 +130,11 @@ def test_the_largest_shapes_fit_small_cards(shape, most):
     assert plan.make(model, Work(1, 2048), 2, len(block_names(model)), ends=True).device <= most
 
 
+@pytest.mark.parametrize("how", [("gain", "gauss-newton"), ("gain", "sgd"), ("group", "sgd")])
 @pytest.mark.parametrize(("tier", "ends"), [("cpu", False), ("cpu", True), ("disk", False)])
-def test_what_moves_is_what_a_mover_moves(kinds, tmp_path, tier, ends):
+def test_what_moves_is_what_a_mover_moves(kinds, tmp_path, tier, ends, how):
     _, config, work = kinds["llama"]
+    work = dataclasses.replace(work, space=how[0], optimizer=how[1])
     folder = tiny.save_language_model(tmp_path / "model")
     placement = models.Placement(4, 1, tmp_path / "store" if tier == "disk" else None, ends)
     model = models.load_language_model(folder, placement=placement)

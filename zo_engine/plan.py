@@ -1,9 +1,9 @@
 """What a step will need, before anything is loaded: the step itself, run on tensors without data, under a counter.
 
 A model is built from its config on torch's meta device, in its own classes and with bitsandbytes' own layers, and makes
-a Gauss-Newton step there. Every operation says how large its results are; who holds them is known, so the sum of what
-is alive, and its peak, come out as they will on the device. Nothing here has to be kept in step with the method's code:
-it is that code which runs.
+a step there, of whichever method and space a recipe asks for. Every operation says how large its results are; who holds
+them is known, so the sum of what is alive, and its peak, come out as they will on the device. Nothing here has to be
+kept in step with the method's code: it is that code which runs.
 """
 
 import dataclasses
@@ -32,17 +32,20 @@ from zo_engine.blocks import Prefix, Replay, answering, levels, relayed
 from zo_engine.hub import MODELS, find, is_language, read_json, text_length
 from zo_engine.newton import TRIES, GaussNewton
 from zo_engine.offload import ALIGNED, Block, block_names, end_names, piece_rows, tensors
-from zo_engine.probes import GainSpace, Probes, evaluate
-from zo_engine.recipe import DIRECTIONS
-from zo_engine.scales import find_scales
+from zo_engine.probes import Probes, Space, evaluate
+from zo_engine.quantize import quantization_of
+from zo_engine.recipe import DIRECTIONS, DOUBLINGS, Recipe, directions_at
+from zo_engine.scales import find_scales, formats_of
+from zo_engine.style import make_method, make_space
 from zo_engine.tasks.diffusion import Batch as Pictures
 from zo_engine.tasks.diffusion import flow_errors
 from zo_engine.tasks.text import Batch as Texts
 from zo_engine.tasks.text import token_features, token_losses
+from zo_engine.zo import ZO
 
 TOKENS = 4800  # of one pass, where nobody says how many rows: a device computes on them for longer than a block travels
 SLOTS = 2
-KNOWN = ("nf4", "fp4", "int8")  # quantisations that are planned
+KNOWN = ("nf4", "fp4", "int8", "none")  # quantisations that are planned
 
 
 class PlanError(ValueError):
@@ -183,14 +186,41 @@ def _empty_layer(linear: nn.Linear, quantization: str, dtype: torch.dtype) -> nn
 
 @dataclass(frozen=True)
 class Work:
-    """What a step is to do. size: (width, height) in pixels of pictures; length: tokens of texts, or of captions."""
+    """What a step is to do. size: (width, height) in pixels of pictures; length: tokens of texts, or of captions.
+    directions: of every level in a Gauss-Newton step, else as `Recipe.directions`; 0: the method's own, and of
+    Gauss-Newton those of the last steps, which have most. The rest are settings of a recipe."""
 
     batch: int
     length: int
     size: tuple[int, int] | None = None
     depth: float = 0.34
-    directions: int = DIRECTIONS
+    directions: int = 0
     dtype: torch.dtype = torch.bfloat16
+    space: str = "gain"
+    optimizer: str = "gauss-newton"
+    columns: bool = False
+    noise: str = "rademacher"
+
+    @classmethod
+    def of(cls, recipe: Recipe, length: int, size: tuple[int, int] | None, dtype: torch.dtype) -> "Work":
+        """What the largest step of a run will do."""
+        count = recipe.directions
+        if recipe.optimizer == "gauss-newton":
+            count = directions_at(count or DIRECTIONS, recipe.steps - 1)
+        how = recipe.space, recipe.optimizer, recipe.columns, recipe.noise
+        return cls(recipe.batch_size, length, size, recipe.depth, count, dtype, *how)
+
+    def method(self, model: nn.Module, device: str = "meta") -> tuple[Space, GaussNewton | ZO]:
+        """The space and the method of a run on the model, as training makes them."""
+        count = self.directions
+        if self.optimizer == "gauss-newton":
+            count = count or DIRECTIONS << DOUBLINGS
+        recipe = Recipe(
+            batch_size=self.batch, depth=self.depth, directions=count, space=self.space, optimizer=self.optimizer,
+            columns=self.columns, noise=self.noise,
+        )  # fmt: skip
+        space = make_space(find_scales(model, formats_of(quantization_of(model))), recipe)
+        return space, make_method(space, recipe, device)
 
     def tokens(self, model: nn.Module) -> int:
         """Of one row."""
@@ -219,25 +249,21 @@ def task(model: nn.Module, work: Work, device: str = "meta") -> tuple[Any, Calla
 def step(
     model: nn.Module, work: Work, rows: int, device: str = "meta", relay: int = 0, short: bool = True
 ) -> tuple[int, int]:
-    """(peak of the bytes that a Gauss-Newton step in gain space allocates, bytes of theta).
+    """(peak of the bytes that a step allocates, bytes of theta and of the averages that the method keeps of it).
 
     rows: of one pass. relay: so many first blocks serve all passes in turn. short: with two examples (the third would
     need no more) and, in each evaluation, two passes through two blocks: what they leave is of full size.
     """
-    views = find_scales(model)
-    found = levels(views, work.depth)
-    space = GainSpace({name: views[name] for level in found for name in level.layers})
-    parts = [space.layout.part(level.layers) for level in found]
-    counts = [level.share(work.directions) for level in found]
-    method = GaussNewton(space.layout, parts, seed=0, per_part=counts, device=device)
+    space, method = work.method(model, device)
+    kept = sum(tensor.nbytes for tensor in method.state()[0].values())
     blocks = [model.get_submodule(name) for name in block_names(model)]
-    prefixes = [Prefix(model, level) if level.first else None for level in found]
+    prefixes = [Prefix(model, level) if level.first else None for level in levels(space.views, work.depth)]
     with counted(device) as counter:
         batch, outcomes, losses = task(model, work, device)
         replays: dict[tuple, Replay] = {}
 
         def evaluated(part: int, probes: Probes, fresh: bool) -> Tensor:
-            read = losses if fresh else outcomes
+            read = losses if fresh or isinstance(method, ZO) else outcomes
             sample = lambda index: read(batch.take(index.to(device)))  # noqa: E731
             if prefixes[part] and (part, fresh) not in replays:
                 with space.dressed(method.theta):
@@ -245,13 +271,19 @@ def step(
                     replays[part, fresh] = run(prefixes[part], sample, work.batch, rows, blocks[:relay])
             replay = replays.get((part, fresh))
             if not short:
-                found = evaluate(space, method.theta, probes, sample, rows, replay, blocks[:relay])
-            else:
-                found = _passes(space, method.theta, probes, sample, rows, replay, blocks, relay)
-            return found[:, None] if fresh else found
+                return evaluate(space, method.theta, probes, sample, rows, replay, blocks[:relay])
+            return _passes(space, method.theta, probes, sample, rows, replay, blocks, relay)
 
-        method.advance(evaluated, min(2, work.batch) if short else work.batch, work.batch)
-    return counter.peak, 4 * method.layout.size
+        if isinstance(method, ZO):
+            method.advance(lambda p, fresh: evaluated(-1, p, fresh).cpu(), work.batch, work.space == "gain")
+        else:
+
+            def answered(part: int, probes: Probes, fresh: bool) -> Tensor:
+                found = evaluated(part, probes, fresh)
+                return found[:, None] if fresh else found
+
+            method.advance(answered, min(2, work.batch) if short else work.batch, work.batch)
+    return counter.peak, kept
 
 
 def _prefix(prefix: Prefix, sample: Callable, count: int, rows: int, relay: list[nn.Module]) -> Replay:
@@ -265,7 +297,7 @@ def _prefix(prefix: Prefix, sample: Callable, count: int, rows: int, relay: list
 
 
 def _passes(
-    space: GainSpace, theta: Tensor, probes: Probes, sample: Callable, rows: int, replay: Replay | None,
+    space: Space, theta: Tensor, probes: Probes, sample: Callable, rows: int, replay: Replay | None,
     blocks: list[nn.Module], relay: int,
 ) -> Tensor:  # fmt: skip
     """As `evaluate`, with two passes, and in each the first and the last of the blocks that are to compute."""
@@ -323,6 +355,7 @@ class Plan:
     disk: int  # or in files
     moved: int  # to the device in the first step
     ends: int = 0  # embedding and output layer, where they wait with the blocks
+    theta: int = 0  # of `working`: theta, and the averages that an optimizer keeps of it
 
     @property
     def device(self) -> int:
@@ -336,9 +369,10 @@ class Plan:
         if self.tier != "resident":
             where = f"{self.away} of {self.blocks} blocks stream {where} through {self.slots} slots"
             where += ", the output layer too, and the embedding waits there" if self.ends else ""
+        theta = f" (theta is {gigabytes(self.theta)} of it)" if 20 * self.theta > self.device else ""
         return (
             f"{gigabytes(self.device)} of the device: weights {gigabytes(self.resident + self.streaming)}, a step "
-            f"{gigabytes(self.working)}; {where}, {self.rows} rows a pass, {gigabytes(self.moved)} moved a step"
+            f"{gigabytes(self.working)}{theta}; {where}, {self.rows} rows a pass, {gigabytes(self.moved)} moved a step"
         )
 
 
@@ -377,6 +411,7 @@ def plans(
     outside, pieces = end_sizes(model)
     relay = tier == "disk"
     working = {} if known is None else {0: known}
+    theta = sum(tensor.nbytes for tensor in work.method(model)[1].state()[0].values())
     for away, ends in aways:
         shared = away if relay else 0
         if shared not in working:
@@ -399,27 +434,35 @@ def plans(
             disk=sum(streamed) + waiting if relay else 0,
             moved=_moved(model, work, rows, blocks, away, held, relay, sum(pieces) if ends else 0),
             ends=waiting,
+            theta=theta,
         )
 
 
 def _moved(
     model: nn.Module, work: Work, rows: int, blocks: list[int], away: int, slots: int, relay: bool, head: int
 ) -> int:
-    """Bytes to the device in a Gauss-Newton step: each pass brings the streamed blocks that it computes, or the first
-    does, where they find room in the slots; and the output layer, if that waits as well."""
+    """Bytes to the device in a step: each pass brings the streamed blocks that it computes, or the first does, where
+    they find room in the slots; and the output layer, if that waits as well."""
 
     def brought(first: int, last: int, count: int) -> int:
         once = relay or (last - first <= slots and not head)
         return sum(blocks[first:last]) * (1 if once else math.ceil(count / rows))
 
-    found, total, tried = levels(find_scales(model), work.depth), 0, work.batch
-    first = [min(level.first, away) for level in found]
-    for start, level in zip(first, found, strict=True):
-        probes = level.share(work.directions) + 1
-        total += brought(0, start, work.batch) + work.batch * brought(start, away, probes)
-        total += work.batch * math.ceil(probes / rows) * head
-    tries = (len(TRIES) + 1) * tried
-    return total + brought(0, first[-1], tried) + brought(first[-1], away, tries) + math.ceil(tries / rows) * head
+    def evaluation(first: int, examples: int, counts: list[int]) -> int:
+        """Through the blocks before a level once for all examples; from there, and through the head, for each count."""
+        through = sum(brought(first, away, count) + math.ceil(count / rows) * head for count in counts)
+        return brought(0, first, examples) + through
+
+    space, method = work.method(model)
+    first = [min(level.first, away) for level in levels(space.views, work.depth)]
+    if isinstance(method, ZO):
+        probes = 2 * method.per_step * (1 if work.space == "gain" else work.batch)
+        return sum(evaluation(first[-1], work.batch, [count]) for count in (probes, 3 * work.batch))  # and a search
+    lessons = [
+        evaluation(start, work.batch, [count + 1] * work.batch)
+        for start, count in zip(first, method.counts(0), strict=True)
+    ]
+    return sum(lessons) + evaluation(first[-1], work.batch, [(len(TRIES) + 1) * work.batch])
 
 
 def fitting(model: nn.Module, work: Work, memory: int, rows: int = 0, tier: str = "cpu", slots: int = SLOTS) -> Plan:
@@ -525,8 +568,7 @@ def of(
         buckets = recipe.resolution or (MODELS[name].resolution if name in MODELS else str(resolution))
         sides = [tuple(int(n) for n in (b.split("x") if "x" in b else (b, b))) for b in buckets.split(",")]
         size = max(sides, key=math.prod) if pictures else None
-        directions = recipes.directions_at(recipe.directions or DIRECTIONS, recipe.steps - 1)  # of the last steps
-        work = Work(recipe.batch_size, length if pictures else recipe.length, size, recipe.depth, directions)
+        work = Work.of(recipe, length if pictures else recipe.length, size, work.dtype)
         memory, rows = memory or recipe.memory, rows or recipe.rows
         offload = offload if recipe.offload == "auto" else recipe.offload
     model = skeleton(config, recipe.quantization if recipe else "nf4", work.dtype)

@@ -40,7 +40,7 @@ from zo_engine.hub import first_line, is_language, read_json, some
 from zo_engine.journal import Record, short
 from zo_engine.newton import GaussNewton
 from zo_engine.probes import Probes, Space, evaluate
-from zo_engine.recipe import DIRECTIONS, Recipe, RecipeError, directions_at, named
+from zo_engine.recipe import Recipe, RecipeError, named
 from zo_engine.run import Run, write_atomic
 from zo_engine.scales import ScaleView, find_scales, formats_of, prove_live
 from zo_engine.style import Style, journal_tensors, make_method, make_space, save_style, theta_tensors
@@ -325,7 +325,7 @@ def prepare_pictures(recipe: Recipe, cache_folder: Path, say: Callable[[str], No
     text = cache.embeddings(store, folder, [*captions, *plain], models.text_length(folder), *encoders)
 
     sizes = [bucket for _, bucket in placed]
-    work = plan.Work(recipe.batch_size, len(text[""][0]), max(sizes, key=math.prod), recipe.depth, dtype=dtype)
+    work = plan.Work.of(recipe, len(text[""][0]), max(sizes, key=math.prod), dtype)
     recipe, placement = place(recipe, folder / "transformer", work, device, cache_folder, notes)
     say(f"loading {known.title} in {recipe.quantization}")
     transformer = models.load_transformer(
@@ -451,7 +451,7 @@ def language_model(
     space that is tuned of it; the recipe comes back with what was derived."""
     device = pick_device(recipe.device)
     dtype = pick_dtype(recipe.dtype, device)
-    work = plan.Work(recipe.batch_size, longest, depth=recipe.depth, dtype=dtype)
+    work = plan.Work.of(recipe, longest, None, dtype)
     recipe, placement = place(recipe, folder, work, device, cache_folder, notes)
     say(f"loading {models.describe(recipe.model).title} in {recipe.quantization}")
     model = models.load_language_model(
@@ -510,20 +510,15 @@ def place(
     recipe: Recipe, part: Path, work: plan.Work, device: torch.device, cache_folder: Path, notes: list[str]
 ) -> tuple[Recipe, models.Placement]:
     """Where the blocks of the model in `part` go, by the recipe's `memory` and `offload`; what was derived is in the
-    recipe that comes back, and in the notes. Raises PlanError where nothing fits, RecipeError without gauss-newton."""
+    recipe that comes back, and in the notes. Raises PlanError where nothing fits, RecipeError for other formats."""
     if not recipe.memory:
         return recipe, streaming(recipe.offload, part, cache_folder)
-    if recipe.optimizer != "gauss-newton":
-        raise RecipeError(
-            f'memory is reckoned for optimizer "gauss-newton"; with "{recipe.optimizer}" set rows and offload instead'
-        )
     if recipe.quantization not in plan.KNOWN:
         raise RecipeError(
             f"memory is reckoned for {', '.join(plan.KNOWN)}, not for {recipe.quantization}; set rows and offload "
             "instead"
         )
     model = plan.skeleton(read_json(part / "config.json"), recipe.quantization, work.dtype)
-    work = dataclasses.replace(work, directions=directions_at(recipe.directions or DIRECTIONS, recipe.steps - 1))
     memory = free(device) if recipe.memory == "auto" else plan.parse_memory(recipe.memory)
     tier = recipe.offload
     if tier == "auto":
