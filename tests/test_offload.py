@@ -343,6 +343,43 @@ def test_a_level_in_a_model_whose_blocks_stream_counts_its_prefix_once(streamed)
         assert model.mover.loads - before <= most
 
 
+# Text encoders
+
+
+@pytest.mark.parametrize("folder", ["tiny", "embedded"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_text_encoders_that_stream_encode_bit_for_bit(tiny_folder, folder, dtype):
+    folder = tiny_folder if folder == "tiny" else models.locate("tiny-sd3")
+    length, outcome = models.text_length(folder), []
+    for streamed in (False, True):
+        encoders = models.load_text_encoders(folder, dtype=dtype, streamed=streamed)
+        with torch.no_grad():
+            given = [
+                encoders.encode_prompt(p, None, None, do_classifier_free_guidance=False, max_sequence_length=length)
+                for p in ("a red sun", "", "a much longer caption of a bell")
+            ]
+        outcome.append([t for prompt, _, pooled, _ in given for t in (prompt, pooled)])
+    assert all(torch.equal(a, b) for a, b in zip(*outcome, strict=True))
+    movers = [encoders.text_encoder.mover, encoders.text_encoder_2.mover, encoders.text_encoder_3.mover]
+    t5 = encoders.text_encoder_3
+    assert [block.name for block in movers[2].blocks] == [f"encoder.block.{i}" for i in range(len(t5.encoder.block))]
+    assert all(mover.visits == 3 * len(mover.blocks) and len(mover.slots) <= 2 for mover in movers)
+    away = sum(block.size for block in movers[2].blocks)
+    assert (
+        sum(p.nbytes for p in t5.parameters())
+        <= away + t5.shared.weight.nbytes + t5.encoder.final_layer_norm.weight.nbytes
+    )
+
+
+def test_text_encoders_stream_where_memory_is_less_or_offload_says_so(tiny_folder):
+    size = models.text_bytes(tiny_folder)
+    cases = {(0, False): False, (0, True): True, (size + 1, False): False, (size - 1, False): True}
+    for (memory, asked), streams in cases.items():
+        held, load = models.encoders_for(tiny_folder, torch.device("cpu"), torch.float32, memory, asked)
+        assert held == "none"  # so that what is cached serves both
+        assert hasattr(load().text_encoder_3, "mover") == streams
+
+
 # A whole run
 
 data, recipe = test_train.data, test_train.recipe  # fixtures: ten pictures, and what to do with them

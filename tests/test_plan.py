@@ -6,11 +6,15 @@ import json
 import pytest
 import tiny
 import torch
+from diffusers import AutoencoderKL
 
 from zo_engine import models, plan
+from zo_engine.cache import encode
 from zo_engine.offload import block_names
 from zo_engine.plan import SHAPES, PlanError, Work, parse_memory, skeleton
+from zo_engine.recipe import Recipe
 from zo_engine.scales import find_scales
+from zo_engine.tasks.diffusion import sample
 
 
 @pytest.fixture(scope="module")
@@ -71,6 +75,66 @@ def test_theta_is_as_large_as_the_scales_in_group_space_and_the_plan_says_so(kin
     assert group.theta == scales > gain.theta and adam.theta == 3 * scales
     assert adam.working > group.working
     assert "(theta is" in dataclasses.replace(adam, theta=adam.device // 10).said() and "(theta is" not in gain.said()
+
+
+def test_every_phase_of_a_run_is_planned_as_it_is_counted(kinds, tiny_folder):
+    model, config, work = kinds["sd3"]
+    recipe = Recipe(evaluate_items=8, prompts=("a", "b", "c"))
+    outline, parts = skeleton(config, dtype=torch.float32), plan.beside(tiny_folder / "transformer")
+    bounded = plan.phased(plan.make(outline, work, 4), outline, work, parts, recipe, memory=10**9)
+    found = bounded.phases
+    space, method = work.method(model, "cpu")
+    weights = lambda module: sum(t.nbytes for t in (*module.parameters(), *module.buffers()))  # noqa: E731
+    there = bounded.resident + bounded.theta
+
+    def counted(run):
+        with torch.no_grad(), plan.counted("cpu") as counter:
+            run()
+        return counter.peak
+
+    pipe = models.drawing(tiny_folder, model, bounded=True)
+    text = torch.zeros(24, model.config.joint_attention_dim), torch.zeros(model.config.pooled_projection_dim)
+    with space.folded(method.theta):
+        drawn = counted(lambda: sample(pipe, [text] * 2, text, [1, 2], width=64, height=64, steps=1, guidance=2.0))
+        batch, _, losses = plan.task(model, dataclasses.replace(work, batch=8), "cpu")
+        judged = counted(lambda: losses(batch.take(torch.arange(4)))) + sum(t.nbytes for t in vars(batch).values())
+    folded = sum(view.base.nbytes for view in space.views.values())
+    assert found["previews"] == pytest.approx(there + folded + weights(pipe.vae) + drawn, rel=0.1)  # and pixels
+    assert found["the held-out loss"] == pytest.approx(there + folded + judged, rel=0.05)
+    vae = models.load_vae(tiny_folder)
+    assert found["pictures"] == pytest.approx(
+        weights(vae) + counted(lambda: encode(vae, torch.zeros(1, 3, 64, 64))), rel=0.05
+    )
+    encoders = models.load_text_encoders(tiny_folder)
+    ask = {"do_classifier_free_guidance": False, "max_sequence_length": tiny.T5_TOKENS}
+    read = counted(lambda: encoders.encode_prompt("a sun", None, None, **ask))
+    each = [encoders.text_encoder, encoders.text_encoder_2, encoders.text_encoder_3]
+    assert found["captions"] == pytest.approx(sum(map(weights, each)) + read, rel=0.05)
+    assert found["steps"] == bounded.device and bounded.peak == max(found.values())
+    largest = max(found, key=found.get)
+    assert bounded.said_of_phases().startswith(f"largest phase of a run: {largest}, ")
+
+
+def test_phases_shrink_where_blocks_stream_or_pictures_are_drawn_one_by_one(kinds, tiny_folder):
+    _, config, work = kinds["sd3"]
+    outline, parts = skeleton(config, dtype=torch.float32), plan.beside(tiny_folder / "transformer")
+    resident, streamed = plan.make(outline, work, 4), plan.make(outline, work, 4, 2, slots=1)
+    whole = plan.phased(resident, outline, work, parts, Recipe()).phases
+    away = plan.phased(streamed, outline, work, parts, Recipe(), memory=10**9).phases
+    assert all(away[name] < whole[name] for name in ("the base's answers", "previews", "the held-out loss"))
+    assert away["captions"] <= whole["captions"]  # two slots, and no more than two blocks here
+    assert set(whole) == {"captions", "pictures", "the base's answers", "previews", "the held-out loss", "steps"}
+    tight = plan.phased(resident, outline, work, parts, Recipe(), memory=1).phases
+    assert tight["captions"] == away["captions"]  # encoders that do not fit stream, whatever the transformer does
+
+
+def test_what_stands_beside_sd35_has_its_published_sizes():
+    parts = plan.BESIDE["sd3.5-large"]
+    kinds = {"vae": AutoencoderKL} | {name: cls for name, (cls, _) in models.TEXT_PARTS.items()}
+    counts = {name: sum(p.numel() for p in plan._part(kinds[name], parts[name], torch.bfloat16).parameters())
+              for name in parts}  # fmt: skip
+    assert counts == {"vae": 83_819_683, "text_encoder": 123_650_304, "text_encoder_2": 694_659_840,
+                      "text_encoder_3": 4_762_310_656}  # fmt: skip
 
 
 @pytest.mark.parametrize(("kind", "quantization"), [("sd3", "nf4"), ("sd3", "int8"), ("llama", "nf4"), ("opt", "nf4")])

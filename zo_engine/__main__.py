@@ -549,7 +549,7 @@ def plan(source: str, memory: str, offload: str, as_json: bool, **how) -> None:
 
     quiet()
     made = of(source, memory, offload, **how)
-    click.echo(json.dumps(as_dict(made)) if as_json else made.said())
+    click.echo(json.dumps(as_dict(made)) if as_json else f"{made.said()}\n{made.said_of_phases()}")
 
 
 @cli.command()

@@ -10,7 +10,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ import diffusers
 import torch
 import transformers
 from bitsandbytes.functional import QuantState
+from diffusers import AutoencoderKL
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
@@ -29,7 +30,9 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 
 from zo_engine import recipe as recipes
 from zo_engine.blocks import Prefix, Replay, answering, levels, relayed
+from zo_engine.cache import encode
 from zo_engine.hub import MODELS, find, is_language, read_json, text_length
+from zo_engine.models import TEXT_PARTS
 from zo_engine.newton import TRIES, GaussNewton
 from zo_engine.offload import ALIGNED, Block, block_names, end_names, piece_rows, tensors
 from zo_engine.probes import Probes, Space, evaluate
@@ -45,6 +48,9 @@ from zo_engine.zo import ZO
 
 TOKENS = 4800  # of one pass, where nobody says how many rows: a device computes on them for longer than a block travels
 SLOTS = 2
+KEPT = 8  # prompts without the trigger, whose pictures by the base are kept
+TOGETHER = 16  # pictures that are drawn at once, where memory is not bounded
+PROMPTS = 4  # of previews, if not said otherwise
 KNOWN = ("nf4", "fp4", "int8", "none")  # quantisations that are planned
 
 
@@ -260,11 +266,12 @@ def step(
     prefixes = [Prefix(model, level) if level.first else None for level in levels(space.views, work.depth)]
     with counted(device) as counter:
         batch, outcomes, losses = task(model, work, device)
+        trial = batch if isinstance(method, ZO) else task(model, work, device)[0]
         replays: dict[tuple, Replay] = {}
 
         def evaluated(part: int, probes: Probes, fresh: bool) -> Tensor:
             read = losses if fresh or isinstance(method, ZO) else outcomes
-            sample = lambda index: read(batch.take(index.to(device)))  # noqa: E731
+            sample = lambda index: read((trial if fresh else batch).take(index.to(device)))  # noqa: E731
             if prefixes[part] and (part, fresh) not in replays:
                 with space.dressed(method.theta):
                     run = _prefix if short else Prefix.run
@@ -356,11 +363,17 @@ class Plan:
     moved: int  # to the device in the first step
     ends: int = 0  # embedding and output layer, where they wait with the blocks
     theta: int = 0  # of `working`: theta, and the averages that an optimizer keeps of it
+    phases: dict[str, int] = field(default_factory=dict)  # peak of the device's memory in each, where it was asked
 
     @property
     def device(self) -> int:
-        """Peak of the device's memory."""
+        """Peak of the device's memory in a step."""
         return self.resident + self.streaming + self.working
+
+    @property
+    def peak(self) -> int:
+        """And in the whole run, as far as phases are known."""
+        return max(self.device, *self.phases.values(), 0)
 
     def said(self) -> str:
         """In one line."""
@@ -374,6 +387,15 @@ class Plan:
             f"{gigabytes(self.device)} of the device: weights {gigabytes(self.resident + self.streaming)}, a step "
             f"{gigabytes(self.working)}{theta}; {where}, {self.rows} rows a pass, {gigabytes(self.moved)} moved a step"
         )
+
+    def said_of_phases(self) -> str:
+        """In one line: what each phase of a run needs, the largest named; nothing where that was not asked."""
+        if not self.phases:
+            return ""
+        largest = max(self.phases, key=self.phases.__getitem__)
+        card = "; encoders that do not fit a card stream, or T5 is quantised" if largest == "captions" else ""
+        each = ", ".join(f"{name} {size / 1e9:.2f} GB" for name, size in self.phases.items())
+        return f"largest phase of a run: {largest}, {self.phases[largest] / 1e9:.2f} GB ({each}){card}"
 
 
 def sizes(model: nn.Module) -> tuple[int, list[int]]:
@@ -488,6 +510,101 @@ def fitting(model: nn.Module, work: Work, memory: int, rows: int = 0, tier: str 
         rows //= 2
 
 
+# The other phases of a run
+
+
+def beside(part: Path) -> dict[str, dict]:
+    """The configs of what stands beside a transformer in its pipeline: autoencoder and text encoders, by their names;
+    nothing beside a language model."""
+    names = ("vae", *TEXT_PARTS) if part.name == "transformer" else ()
+    return {name: read_json(part.parent / name / "config.json") for name in names}
+
+
+@torch.no_grad()
+def phased(
+    made: Plan, model: nn.Module, work: Work, parts: dict[str, dict], recipe: Recipe, memory: int = 0
+) -> Plan:  # fmt: skip
+    """The plan with the peaks of all phases of a run: encoding, the held-out loss, looking at it, and the steps.
+
+    parts: of `beside`. memory: of the device, in bytes, where the recipe bounds it. Every phase is run without data, as
+    the step is; workspaces that kernels take for themselves are not known.
+    """
+    space, _ = work.method(model)
+    there = made.resident + made.streaming + made.theta
+    away = tuple(f"{name}." for name in block_names(model)[: made.away])
+    # Folded scales stand beside the base's own; those of blocks that stream are at home.
+    folded = there + sum(view.base.nbytes for name, view in space.views.items() if not name.startswith(away or "-"))
+    found, prompts = {}, len(recipe.prompts) or PROMPTS
+    if parts:
+        encoders = {name: _part(cls, parts[name], work.dtype) for name, (cls, _) in TEXT_PARTS.items()}
+        streamed = made.tier != "resident" or 0 < memory < _held(encoders, False)
+        found["captions"] = _held(encoders, streamed) + _peak(lambda: _encoded(encoders, work.length))
+        vae = _part(AutoencoderKL, parts["vae"], torch.float32)
+        shape = 1, 3, work.size[1], work.size[0]
+        found["pictures"] = _weights(vae) + _peak(lambda: encode(vae, torch.empty(shape, device="meta")))
+        together = max(1, made.rows // 2) if memory else TOGETHER
+        if recipe.prior:
+            found["the base's answers"] = there + _peak(lambda: _passed(model, work, 2 * min(KEPT, together)))
+        pictures = min(together, prompts)
+        vae.to(work.dtype)
+        if memory:  # as `models.drawing`
+            vae.enable_slicing()
+        latents = torch.empty(pictures, *_latents(model, work), dtype=work.dtype, device="meta")
+        drawing = _peak(lambda: _passed(model, work, 2 * pictures)), _peak(lambda: vae.decode(latents))
+        found["previews"] = folded + _weights(vae) + max(drawing)
+    elif recipe.texts or recipe.task:  # as long as prompts may be
+        tokens = torch.zeros(prompts, work.length, dtype=torch.int64, device="meta")
+        found["answers"] = folded + _peak(lambda: model(input_ids=tokens, use_cache=True, logits_to_keep=1))
+    found["the held-out loss"] = folded + _peak(lambda: _passed(model, work, recipe.evaluate_items, made.rows))
+    return dataclasses.replace(made, phases=found | {"steps": made.device})
+
+
+def _peak(run: Callable[[], object]) -> int:
+    """Bytes that a call allocates at its peak, on the meta device."""
+    with counted("meta") as counter:
+        run()
+    return counter.peak
+
+
+def _passed(model: nn.Module, work: Work, items: int, rows: int = 0) -> None:
+    """Losses of so many examples, or of the first rows of them."""
+    batch, _, losses = task(model, dataclasses.replace(work, batch=items))
+    losses(batch.take(torch.arange(min(rows, items), device="meta")) if rows else batch)
+
+
+def _latents(model: nn.Module, work: Work) -> tuple[int, int, int]:
+    return model.config.in_channels, work.size[1] // 8, work.size[0] // 8
+
+
+def _part(cls: type, config: dict, dtype: torch.dtype) -> nn.Module:
+    """A part of a pipeline without weights."""
+    settings = {k: v for k, v in config.items() if k not in ("quantization_config", "dtype", "torch_dtype")}
+    with torch.device("meta"):
+        made = cls.from_config(settings) if cls is AutoencoderKL else cls(cls.config_class(**settings))
+    return made.to(dtype).eval().requires_grad_(False)
+
+
+def _weights(model: nn.Module) -> int:
+    return sum(place.home.nbytes for place in tensors(model))
+
+
+def _held(encoders: dict[str, nn.Module], streamed: bool) -> int:
+    """Bytes of the text encoders; or of what stays of them on the device, and of the slots, if their blocks stream."""
+    total = 0
+    for encoder in encoders.values():
+        whole, blocks = sizes(encoder)
+        total += whole - sum(blocks) + min(SLOTS, len(blocks)) * max(blocks) if streamed else whole
+    return total
+
+
+def _encoded(encoders: dict[str, nn.Module], length: int) -> None:
+    """One caption of so many tokens, read by all of them: T5 reads those that stand behind the CLIPs' own."""
+    own = encoders["text_encoder"].config.max_position_embeddings
+    for encoder in encoders.values():
+        places = getattr(encoder.config, "max_position_embeddings", max(1, length - own))
+        encoder(torch.zeros(1, places, dtype=torch.int64, device="meta"))
+
+
 def parse_memory(text: str) -> int:
     """ "6GB", "512 MB" or "1.5GiB" in bytes. Raises PlanError for anything else."""
     units = {"KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12, "MIB": 2**20, "GIB": 2**30}
@@ -541,6 +658,30 @@ SHAPES = {
     "qwen3-32b": _decoder("qwen3", 5120, 64, 64, 8, 25600, 151936, head_dim=128, max_position_embeddings=40960),
 }  # fmt: skip
 
+# What stands beside a transformer, from the same repository
+BESIDE = {
+    "sd3.5-large": {
+        "vae": {
+            "block_out_channels": [128, 256, 512, 512], "down_block_types": ["DownEncoderBlock2D"] * 4,
+            "up_block_types": ["UpDecoderBlock2D"] * 4, "layers_per_block": 2, "latent_channels": 16,
+            "use_quant_conv": False, "use_post_quant_conv": False, "shift_factor": 0.0609, "scaling_factor": 1.5305,
+            "sample_size": 1024,
+        },
+        "text_encoder": {
+            "hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12,
+            "projection_dim": 768, "vocab_size": 49408, "max_position_embeddings": 77,
+        },
+        "text_encoder_2": {
+            "hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32, "num_attention_heads": 20,
+            "projection_dim": 1280, "vocab_size": 49408, "max_position_embeddings": 77,
+        },
+        "text_encoder_3": {
+            "d_model": 4096, "d_kv": 64, "d_ff": 10240, "num_layers": 24, "num_heads": 64, "vocab_size": 32128,
+            "feed_forward_proj": "gated-gelu", "is_encoder_decoder": False, "use_cache": False,
+        },
+    },
+}  # fmt: skip
+
 
 def of(
     source: str, memory: str = "", offload: str = "cpu", *, resolution: int = 512, length: int = 0,
@@ -565,22 +706,27 @@ def of(
     size = (resolution, resolution) if pictures else None
     work = Work(batch_size, length, size)
     if recipe:
-        buckets = recipe.resolution or (MODELS[name].resolution if name in MODELS else str(resolution))
-        sides = [tuple(int(n) for n in (b.split("x") if "x" in b else (b, b))) for b in buckets.split(",")]
-        size = max(sides, key=math.prod) if pictures else None
+        if pictures:
+            buckets = recipe.resolution or (MODELS[name].resolution if name in MODELS else str(resolution))
+            sides = [tuple(int(n) for n in (b.split("x") if "x" in b else (b, b))) for b in buckets.split(",")]
+            size = max(sides, key=math.prod)
         work = Work.of(recipe, length if pictures else recipe.length, size, work.dtype)
         memory, rows = memory or recipe.memory, rows or recipe.rows
         offload = offload if recipe.offload == "auto" else recipe.offload
     model = skeleton(config, recipe.quantization if recipe else "nf4", work.dtype)
-    if memory and memory != "auto":
-        return fitting(model, work, parse_memory(memory), rows, offload)
-    streamed = len(block_names(model)) if recipe and not memory and recipe.offload in ("cpu", "disk") else 0
-    return make(model, work, rows or max(1, TOKENS // work.tokens(model)), streamed, offload)
+    bound = parse_memory(memory) if memory and memory != "auto" else 0
+    if bound:
+        made = fitting(model, work, bound, rows, offload)
+    else:
+        streams = recipe and not memory and recipe.offload in ("cpu", "disk")
+        away, rows = len(block_names(model)) if streams else 0, rows or max(1, TOKENS // work.tokens(model))
+        made = make(model, work, rows, away, offload, ends=bool(streams))
+    return phased(made, model, work, beside(part) if part else BESIDE.get(name, {}), recipe or Recipe(), bound)
 
 
 def as_dict(plan: Plan) -> dict:
     """For JSON."""
-    return dataclasses.asdict(plan) | {"device": plan.device}
+    return dataclasses.asdict(plan) | {"device": plan.device, "peak": plan.peak}
 
 
 __all__ = ["SHAPES", "Plan", "PlanError", "Work", "counted", "fitting", "make", "parse_memory", "skeleton"]

@@ -114,9 +114,8 @@ class Drawing:
     ) -> list:
         """Pictures of the model as its scales stand now. One seed a prompt, following on from the recipe's."""
         prompts = prompts or self.prompts
-        vae = models.load_vae(self.folder, device=self.transformer.device)
         return sample(
-            models.pipeline(self.folder, self.transformer, vae),
+            models.drawing(self.folder, self.transformer, bounded=bool(recipe.memory)),
             [self.text[prompt] for prompt in prompts],
             self.text[""],
             seeds or [recipe.preview_seed + i for i in range(len(prompts))],
@@ -124,7 +123,7 @@ class Drawing:
             height=self.size[1],
             steps=steps or recipe.preview_steps,
             guidance=recipe.guidance,
-            together=max(1, recipe.rows // 2) if recipe.memory else 16,  # with guidance a picture is two rows
+            together=together(recipe),
         )
 
     def file(self, run: Run, step: int) -> Path:
@@ -151,6 +150,11 @@ class Drawing:
             "prompts": json.dumps(self.prompts),
             "size": "{}x{}".format(*self.size),
         }
+
+
+def together(recipe: Recipe) -> int:
+    """Pictures that are drawn at once."""
+    return max(1, recipe.rows // 2) if recipe.memory else plan.TOGETHER  # with guidance a picture is two rows
 
 
 @dataclass
@@ -320,7 +324,8 @@ def prepare_pictures(recipe: Recipe, cache_folder: Path, say: Callable[[str], No
     asked = [p.replace("[trigger]", recipe.trigger) for p in recipe.prompts]
     prompts = asked or preview_prompts([p.caption for (p, _), _ in train], [p.caption for (p, _), _ in held_out])
     captions = ["", *prompts, *(picture.caption for picture in found)]
-    encoders = models.encoders_for(folder, device, dtype)
+    away = recipe.offload in ("cpu", "disk")
+    encoders = models.encoders_for(folder, device, dtype, budget(recipe, device), away)
     plain = plain_prompts([picture.caption for picture in found], recipe.trigger) if recipe.prior else []
     text = cache.embeddings(store, folder, [*captions, *plain], models.text_length(folder), *encoders)
 
@@ -341,9 +346,12 @@ def prepare_pictures(recipe: Recipe, cache_folder: Path, say: Callable[[str], No
     if plain:
         say(f"asking the base for {len(plain)} pictures without the trigger, to keep them as they are")
         pipe = models.pipeline(folder, transformer)
+        count = together(recipe)
         for width, height in dict.fromkeys(bucket for _, bucket in placed):
-            kept += answers(pipe, [text[prompt] for prompt in plain], text[""], seed=recipe.seed, width=width,
-                            height=height, steps=recipe.preview_steps, guidance=recipe.guidance)  # fmt: skip
+            for i in range(0, len(plain), count):
+                kept += answers(pipe, [text[prompt] for prompt in plain[i : i + count]], text[""], seed=recipe.seed + i,
+                                width=width, height=height, steps=recipe.preview_steps,
+                                guidance=recipe.guidance)  # fmt: skip
     task = Diffusion(
         transformer,
         as_examples(train),
@@ -519,11 +527,11 @@ def place(
             "instead"
         )
     model = plan.skeleton(read_json(part / "config.json"), recipe.quantization, work.dtype)
-    memory = free(device) if recipe.memory == "auto" else plan.parse_memory(recipe.memory)
-    tier = recipe.offload
+    memory, tier = budget(recipe, device), recipe.offload
     if tier == "auto":
         tier = "cpu" if plan.sizes(model)[0] < psutil.virtual_memory().available else "disk"
     made = plan.fitting(model, work, memory, recipe.rows, tier)
+    made = plan.phased(made, model, work, plan.beside(part), recipe, memory)
     notes.append(f"planned for {memory / 1e9:.2f} GB: {made.said()}")
     recipe = dataclasses.replace(recipe, rows=made.rows, offload=made.tier)
     store = cache_folder / "blocks" if made.tier == "disk" else None
@@ -536,6 +544,13 @@ def streaming(offload: str, part: Path, cache_folder: Path) -> models.Placement:
         return models.RESIDENT
     blocks = len(plan.block_names(plan.skeleton(read_json(part / "config.json"))))
     return models.Placement(blocks, plan.SLOTS, cache_folder / "blocks" if offload == "disk" else None, ends=True)
+
+
+def budget(recipe: Recipe, device: torch.device) -> int:
+    """Bytes of the device that the recipe leaves to a step; 0 where it does not say. Raises PlanError for no amount."""
+    if not recipe.memory:
+        return 0
+    return free(device) if recipe.memory == "auto" else plan.parse_memory(recipe.memory)
 
 
 def free(device: torch.device) -> int:
@@ -563,14 +578,14 @@ def prove_finite(model: torch.nn.Module, views: dict[str, ScaleView]) -> None:
             raise models.ModelError(f"the weights of {name} are not finite numbers; download the model again")
 
 
-def begun(examples: list[texts.Example], most: int = 4) -> list[Prompt]:
+def begun(examples: list[texts.Example], most: int = plan.PROMPTS) -> list[Prompt]:
     """Preview prompts: conversations up to their last answer, or the beginnings of plain texts."""
     first_third = lambda text: " ".join((words := text.split())[: max(1, len(words) // 3)])  # noqa: E731
     found = (e.messages[:-1] if e.messages else (Message("user", first_third(e.text)),) for e in examples)
     return list(dict.fromkeys(prompt for prompt in found if prompt))[:most]
 
 
-def plain_prompts(captions: list[str], trigger: str, most: int = 8) -> list[str]:
+def plain_prompts(captions: list[str], trigger: str, most: int = plan.KEPT) -> list[str]:
     """Captions without the trigger, spread evenly over the set: what the base shall go on drawing as it does."""
     if not trigger:
         return []
@@ -581,7 +596,7 @@ def plain_prompts(captions: list[str], trigger: str, most: int = 8) -> list[str]
 
 def preview_prompts(train: list[str], held_out: list[str]) -> list[str]:
     """Four prompts: captions that were held out first, then captions of the training set."""
-    return list(dict.fromkeys([*held_out[:2], *train]))[:4]
+    return list(dict.fromkeys([*held_out[:2], *train]))[: plan.PROMPTS]
 
 
 class Training:
