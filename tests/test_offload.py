@@ -318,6 +318,17 @@ def test_from_disk_blocks_are_pages_of_files_written_once(streamed, language_fol
         assert str(store) in mapped.read_text()
 
 
+@pytest.mark.parametrize("held", [1, 3, 4])
+def test_some_blocks_wait_in_memory_and_some_in_files(language_folder, tmp_path, held):
+    journal, theta = gauss_newton(models.load_language_model(language_folder))
+    model = models.load_language_model(language_folder, placement=Placement(4, 2, tmp_path / "store", held=held))
+    packed = [block.pack is not None for block in model.mover.blocks]
+    assert packed == [False] * (4 - held) + [True] * held
+    assert model.mover.relay == modules(model)[: 4 - held]
+    found, moved = gauss_newton(model, relay=model.mover.relay)
+    assert found == journal and torch.equal(moved, theta)
+
+
 def test_an_exported_streamed_model_is_the_resident_one(streamed, language_folder, tmp_path):
     out = models.export_language_model(language_folder, streamed(), tmp_path / "out")
     assert torch.equal(logits(models.load_language_model(out)), logits(models.load_language_model(language_folder)))

@@ -177,6 +177,21 @@ def test_where_blocks_wait_is_counted(kinds):
     assert disk.moved < host.moved  # one visit serves all passes
 
 
+def test_blocks_that_find_room_in_memory_do_not_wait_on_the_disk(kinds):
+    _, config, work = kinds["llama"]
+    model = skeleton(config, dtype=torch.float32)
+    blocks = plan.sizes(model)[1]
+    found = {}
+    for host in (0, blocks[3], 2 * blocks[3] + 1, sum(blocks)):
+        (made,) = plan.plans(model, work, 2, [(4, False)], "disk", 1, host=host)
+        assert made.disk + made.host == sum(blocks) + made.streaming and made.host <= host + made.streaming
+        found[made.held] = made
+    assert list(found) == [0, 1, 2, 4]
+    moved = [made.moved for made in found.values()]
+    assert moved == sorted(moved) and moved[-1] == plan.make(model, work, 2, 4, slots=1).moved
+    assert "1 of them from host memory" in found[1].said() and "host memory" not in found[0].said()
+
+
 def test_ends_that_wait_are_counted(kinds):
     for kind in ("llama", "opt"):
         model, work = skeleton(kinds[kind][1], dtype=torch.float32), kinds[kind][2]

@@ -96,6 +96,7 @@ class Placement:
     slots: int = 2
     store: Path | None = None  # a folder: blocks stay in files, those of the model or a quantised copy made there
     ends: bool = False  # whether a language model's embedding and output layer wait with them
+    held: int = 0  # blocks that are taken into host memory all the same: so many last ones of those away
 
 
 RESIDENT = Placement()
@@ -139,7 +140,9 @@ def _placed(part: Path, placement: Placement, **how) -> nn.Module:
     model = load_quantized(part, **how, away=placement.away, mapped=mapped, ends=placement.ends)
     away, ends = block_names(model)[: placement.away], end_names(model) if placement.ends else []
     if away or ends:
-        model.mover = Mover(model, away, how["device"], placement.slots, from_disk=mapped, ends=ends)
+        model.mover = Mover(
+            model, away, how["device"], placement.slots, from_disk=mapped, ends=ends, held=placement.held
+        )
     return model
 
 

@@ -362,6 +362,7 @@ class Plan:
     disk: int  # or in files
     moved: int  # to the device in the first step
     ends: int = 0  # embedding and output layer, where they wait with the blocks
+    held: int = 0  # of the blocks away, where the tier is a disk: those that wait in memory nevertheless
     theta: int = 0  # of `working`: theta, and the averages that an optimizer keeps of it
     phases: dict[str, int] = field(default_factory=dict)  # peak of the device's memory in each, where it was asked
 
@@ -381,6 +382,7 @@ class Plan:
         where = {"resident": "all blocks stay on the device", "cpu": "from host memory", "disk": "from disk"}[self.tier]
         if self.tier != "resident":
             where = f"{self.away} of {self.blocks} blocks stream {where} through {self.slots} slots"
+            where += f", {self.held} of them from host memory" if self.held else ""
             where += ", the output layer too, and the embedding waits there" if self.ends else ""
         theta = f" (theta is {gigabytes(self.theta)} of it)" if 20 * self.theta > self.device else ""
         return (
@@ -426,49 +428,54 @@ def make(
 
 def plans(
     model: nn.Module, work: Work, rows: int, aways: Iterable[tuple[int, bool]], tier: str = "cpu", slots: int = SLOTS,
-    known: int | None = None,
+    known: int | None = None, host: int = 0,
 ) -> Iterator[Plan]:  # fmt: skip
-    """One plan for each (number of blocks away, whether the ends are)."""
+    """One plan for each (number of blocks away, whether the ends are). host: bytes of memory in which the last of the
+    blocks away wait, where the tier is a disk."""
     whole, blocks = sizes(model)
     outside, pieces = end_sizes(model)
     relay = tier == "disk"
     working = {} if known is None else {0: known}
     theta = sum(tensor.nbytes for tensor in work.method(model)[1].state()[0].values())
     for away, ends in aways:
-        shared = away if relay else 0
+        kept = [n for n in range(away + 1) if relay and sum(blocks[away - n : away]) <= host]
+        held = max(kept, default=0)
+        shared = away - held if relay else 0
         if shared not in working:
             working[shared] = sum(step(model, work, rows, relay=shared))
         streamed, waiting = blocks[:away], outside if ends else 0
         through = [*streamed, *(pieces if ends else [])]
-        held = min(slots, len(through))
-        room = held * max(through, default=0)
+        through_slots = min(slots, len(through))
+        room = through_slots * max(through, default=0)
         yield Plan(
             rows=rows,
             blocks=len(blocks),
             away=away,
-            slots=held,
+            slots=through_slots,
             tier=tier if away or waiting else "resident",
             weights=whole,
             resident=whole - sum(streamed) - waiting,
             streaming=room,
             working=working[shared],
-            host=room if relay else sum(streamed) + waiting,
-            disk=sum(streamed) + waiting if relay else 0,
-            moved=_moved(model, work, rows, blocks, away, held, relay, sum(pieces) if ends else 0),
+            host=room + sum(streamed[shared:]) if relay else sum(streamed) + waiting,
+            disk=sum(streamed[:shared]) + waiting if relay else 0,
+            moved=_moved(model, work, rows, blocks, away, through_slots, shared, sum(pieces) if ends else 0),
+            held=held,
             ends=waiting,
             theta=theta,
         )
 
 
 def _moved(
-    model: nn.Module, work: Work, rows: int, blocks: list[int], away: int, slots: int, relay: bool, head: int
+    model: nn.Module, work: Work, rows: int, blocks: list[int], away: int, slots: int, relay: int, head: int
 ) -> int:
     """Bytes to the device in a step: each pass brings the streamed blocks that it computes, or the first does, where
-    they find room in the slots; and the output layer, if that waits as well."""
+    they find room in the slots or are among the `relay` first; and the output layer, if that waits as well."""
 
     def brought(first: int, last: int, count: int) -> int:
-        once = relay or (last - first <= slots and not head)
-        return sum(blocks[first:last]) * (1 if once else math.ceil(count / rows))
+        few = last - first <= slots and not head
+        passes = math.ceil(count / rows)
+        return sum(size * (1 if few or n < relay else passes) for n, size in enumerate(blocks[:last]) if n >= first)
 
     def evaluation(first: int, examples: int, counts: list[int]) -> int:
         """Through the blocks before a level once for all examples; from there, and through the head, for each count."""
@@ -487,10 +494,12 @@ def _moved(
     return sum(lessons) + evaluation(first[-1], work.batch, [(len(TRIES) + 1) * work.batch])
 
 
-def fitting(model: nn.Module, work: Work, memory: int, rows: int = 0, tier: str = "cpu", slots: int = SLOTS) -> Plan:
+def fitting(
+    model: nn.Module, work: Work, memory: int, rows: int = 0, tier: str = "cpu", slots: int = SLOTS, host: int = 0
+) -> Plan:
     """The plan for a device of so many bytes: as many blocks stay as fit (tier "resident": all), with rows as wanted;
-    where it is too much even so, the ends of a language model go as well, and then rows become fewer. Raises PlanError
-    where nothing fits."""
+    where it is too much even so, a language model's ends go as well, and then rows become fewer. host: as in `plans`.
+    Raises PlanError where nothing fits."""
     blocks = len(block_names(model))
     rows = rows or max(1, TOKENS // work.tokens(model))
     aways = [(away, False) for away in range(1 if tier == "resident" else blocks + 1)]
@@ -498,7 +507,7 @@ def fitting(model: nn.Module, work: Work, memory: int, rows: int = 0, tier: str 
         aways += [(away, True) for away in range(blocks + 1)]
     while True:
         best = None
-        for plan in plans(model, work, rows, aways, tier, slots):
+        for plan in plans(model, work, rows, aways, tier, slots, host=host):
             if plan.device <= memory:
                 return plan
             best = plan if best is None or plan.device < best.device else best

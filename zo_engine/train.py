@@ -528,14 +528,16 @@ def place(
         )
     model = plan.skeleton(read_json(part / "config.json"), recipe.quantization, work.dtype)
     memory, tier = budget(recipe, device), recipe.offload
+    host = 0  # bytes of blocks that wait in memory, where the others are in files
     if tier == "auto":
-        tier = "cpu" if plan.sizes(model)[0] < psutil.virtual_memory().available else "disk"
-    made = plan.fitting(model, work, memory, recipe.rows, tier)
+        host = int(0.8 * psutil.virtual_memory().available)
+        tier = "cpu" if plan.sizes(model)[0] < host else "disk"
+    made = plan.fitting(model, work, memory, recipe.rows, tier, host=host)
     made = plan.phased(made, model, work, plan.beside(part), recipe, memory)
     notes.append(f"planned for {memory / 1e9:.2f} GB: {made.said()}")
     recipe = dataclasses.replace(recipe, rows=made.rows, offload=made.tier)
     store = cache_folder / "blocks" if made.tier == "disk" else None
-    return recipe, models.Placement(made.away, made.slots, store, made.ends > 0)
+    return recipe, models.Placement(made.away, made.slots, store, made.ends > 0, held=made.held)
 
 
 def streaming(offload: str, part: Path, cache_folder: Path) -> models.Placement:
