@@ -222,6 +222,33 @@ def test_what_moves_is_what_a_mover_moves(kinds, tmp_path, tier, ends, how):
     assert model.mover.moved == pytest.approx(made.moved, rel=0.2)  # a block may still lie in its slot
 
 
+def test_the_least_time_of_a_step_ranks_settings_as_they_cost(kinds):
+    _, config, work = kinds["llama"]
+    outline = skeleton(config, dtype=torch.float32)
+
+    def least(rows=2, away=0, speed=(1e9, 1e9), **changes):
+        asked = dataclasses.replace(work, **changes)
+        made = plan.make(outline, asked, rows, away, slots=1, working=0)
+        return plan.seconds(dataclasses.replace(made, operations=plan.operations(outline, asked)), speed)
+
+    assert least(length=60) > least() and least(batch=4) > least() and least(directions=12) > least()
+    assert least(depth=1.0) > least(depth=0.25)  # what lies before a level runs once
+    assert least(speed=(2e9, 1e9)) == least() / 2
+    slow = {"away": 4, "speed": (1e15, 1e6)}  # copies set the pace: fewer passes, or fewer blocks away, take less
+    assert least(**slow) > least(rows=8, **slow) and least(**slow) > least(**slow | {"away": 2})
+    assert least(away=4, speed=(1e6, 1e15)) == least(speed=(1e6, 1e15))  # and where they do not, they are hidden
+
+
+def test_operations_are_those_of_the_layers(kinds):
+    """One direction for all of a model without prefix: 2 rows, a search of 3; two for each weight and token."""
+    _, config, work = kinds["llama"]
+    outline = skeleton(config, "none", torch.float32)
+    asked = dataclasses.replace(work, batch=1, depth=1.0, directions=1, optimizer="sgd", space="group")
+    linear = sum(m.weight.numel() for m in outline.modules() if isinstance(m, torch.nn.Linear))
+    found = plan.operations(outline, asked)
+    assert 0.9 * 2 * linear * 30 * 5 < found < 1.3 * 2 * linear * 30 * 5  # the head reads a token less; attention
+
+
 def test_published_shapes_have_their_published_sizes():
     with torch.device("meta"):
         counts = {}

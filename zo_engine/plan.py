@@ -8,6 +8,7 @@ kept in step with the method's code: it is that code which runs.
 
 import dataclasses
 import math
+import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -25,6 +26,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
 from transformers.quantizers.base import get_keys_to_not_convert
 from transformers.quantizers.quantizers_utils import should_convert_module
 
@@ -345,6 +347,11 @@ def _grown(state: Any, count: int) -> Any:
 # The plan
 
 
+def amount(size: int) -> str:
+    """Bytes for people."""
+    return f"{size / 1e9:.2f} GB" if size >= 1e8 else f"{size / 1e6:.1f} MB"
+
+
 @dataclass(frozen=True)
 class Plan:
     """What a step needs, in bytes; `away` of `blocks` blocks stream through `slots`, `rows` rows a pass."""
@@ -364,6 +371,7 @@ class Plan:
     ends: int = 0  # embedding and output layer, where they wait with the blocks
     held: int = 0  # of the blocks away, where the tier is a disk: those that wait in memory nevertheless
     theta: int = 0  # of `working`: theta, and the averages that an optimizer keeps of it
+    operations: int = 0  # of a step's products, where it was asked
     phases: dict[str, int] = field(default_factory=dict)  # peak of the device's memory in each, where it was asked
 
     @property
@@ -378,16 +386,15 @@ class Plan:
 
     def said(self) -> str:
         """In one line."""
-        gigabytes = lambda size: f"{size / 1e9:.2f} GB"  # noqa: E731
         where = {"resident": "all blocks stay on the device", "cpu": "from host memory", "disk": "from disk"}[self.tier]
         if self.tier != "resident":
             where = f"{self.away} of {self.blocks} blocks stream {where} through {self.slots} slots"
             where += f", {self.held} of them from host memory" if self.held else ""
             where += ", the output layer too, and the embedding waits there" if self.ends else ""
-        theta = f" (theta is {gigabytes(self.theta)} of it)" if 20 * self.theta > self.device else ""
+        theta = f" (theta is {amount(self.theta)} of it)" if 20 * self.theta > self.device else ""
         return (
-            f"{gigabytes(self.device)} of the device: weights {gigabytes(self.resident + self.streaming)}, a step "
-            f"{gigabytes(self.working)}{theta}; {where}, {self.rows} rows a pass, {gigabytes(self.moved)} moved a step"
+            f"{amount(self.device)} of the device: weights {amount(self.resident + self.streaming)}, a step "
+            f"{amount(self.working)}{theta}; {where}, {self.rows} rows a pass, {amount(self.moved)} moved a step"
         )
 
     def said_of_phases(self) -> str:
@@ -396,8 +403,8 @@ class Plan:
             return ""
         largest = max(self.phases, key=self.phases.__getitem__)
         card = "; encoders that do not fit a card stream, or T5 is quantised" if largest == "captions" else ""
-        each = ", ".join(f"{name} {size / 1e9:.2f} GB" for name, size in self.phases.items())
-        return f"largest phase of a run: {largest}, {self.phases[largest] / 1e9:.2f} GB ({each}){card}"
+        each = ", ".join(f"{name} {amount(size)}" for name, size in self.phases.items())
+        return f"largest phase of a run: {largest}, {amount(self.phases[largest])} ({each}){card}"
 
 
 def sizes(model: nn.Module) -> tuple[int, list[int]]:
@@ -466,6 +473,19 @@ def plans(
         )
 
 
+def _evaluations(model: nn.Module, work: Work) -> list[tuple[int, int, list[int]]]:
+    """Of every evaluation of a step: the blocks before it, run once for so many examples, and the rows of its parts,
+    each of which begins anew."""
+    space, method = work.method(model)
+    first = [level.first for level in levels(space.views, work.depth)]
+    if isinstance(method, ZO):
+        probes = 2 * method.per_step * (1 if work.space == "gain" else work.batch)
+        return [(first[-1], work.batch, [count]) for count in (probes, 3 * work.batch)]  # and a search
+    counts = method.counts(0)
+    lessons = [(start, work.batch, [n + 1] * work.batch) for start, n in zip(first, counts, strict=True)]
+    return [*lessons, (first[-1], work.batch, [(len(TRIES) + 1) * work.batch])]
+
+
 def _moved(
     model: nn.Module, work: Work, rows: int, blocks: list[int], away: int, slots: int, relay: int, head: int
 ) -> int:
@@ -477,21 +497,59 @@ def _moved(
         passes = math.ceil(count / rows)
         return sum(size * (1 if few or n < relay else passes) for n, size in enumerate(blocks[:last]) if n >= first)
 
-    def evaluation(first: int, examples: int, counts: list[int]) -> int:
-        """Through the blocks before a level once for all examples; from there, and through the head, for each count."""
-        through = sum(brought(first, away, count) + math.ceil(count / rows) * head for count in counts)
-        return brought(0, first, examples) + through
+    total = 0
+    for start, examples, counts in _evaluations(model, work):
+        first = min(start, away)
+        total += brought(0, first, examples)
+        total += sum(brought(first, away, count) + math.ceil(count / rows) * head for count in counts)
+    return total
 
-    space, method = work.method(model)
-    first = [min(level.first, away) for level in levels(space.views, work.depth)]
-    if isinstance(method, ZO):
-        probes = 2 * method.per_step * (1 if work.space == "gain" else work.batch)
-        return sum(evaluation(first[-1], work.batch, [count]) for count in (probes, 3 * work.batch))  # and a search
-    lessons = [
-        evaluation(start, work.batch, [count + 1] * work.batch)
-        for start, count in zip(first, method.counts(0), strict=True)
-    ]
-    return sum(lessons) + evaluation(first[-1], work.batch, [(len(TRIES) + 1) * work.batch])
+
+@torch.no_grad()
+def operations(model: nn.Module, work: Work) -> int:
+    """Floating-point operations of a step's products, of matrices and of attention: two for each multiplication."""
+
+    def product(a: Any, b: Any, shape: Any, *args: Any, out_shape: Any = None, **how: Any) -> int:
+        return 2 * math.prod(a) * shape[0]  # of activations [..., in] with a 4-bit weight [out, in]
+
+    known = {torch.ops.bitsandbytes.gemm_4bit: product}
+    batch, _, losses = task(model, dataclasses.replace(work, batch=1))
+    with Counter("meta"), FlopCounterMode(display=False, custom_mapping=known) as counter:  # the first answers for data
+        losses(batch)
+    found = {name.partition(".")[2]: sum(by.values()) for name, by in counter.get_flop_counts().items()}
+    blocks = [found.get(name, 0) for name in block_names(model)]
+    outside = counter.get_total_flops() - sum(blocks)
+    return sum(
+        examples * (sum(blocks[:start]) + (outside if start else 0)) + sum(counts) * (outside + sum(blocks[start:]))
+        for start, examples, counts in _evaluations(model, work)
+    )
+
+
+@torch.no_grad()
+def rates(device: torch.device, dtype: torch.dtype, side: int = 2048) -> tuple[float, float]:
+    """(operations a second of a product of two matrices, bytes a second from host memory), measured on the device."""
+    square = torch.randn(side, side, device=device, dtype=dtype)
+    source = torch.zeros(4 * side * side, dtype=torch.uint8, pin_memory=device.type == "cuda")
+    target = torch.zeros_like(source, device=device)
+    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+
+    def fastest(run: Callable[[], object]) -> float:
+        spent = []
+        for _ in range(4):  # the first warms up
+            wait()
+            began = time.perf_counter()
+            run()
+            wait()
+            spent.append(time.perf_counter() - began)
+        return min(spent)
+
+    return 2 * side**3 / fastest(lambda: square @ square), len(source) / fastest(lambda: target.copy_(source))
+
+
+def seconds(made: Plan, speed: tuple[float, float]) -> float:
+    """What a step takes at least: its operations, or its bytes, whichever takes longer, since they overlap. speed: of
+    `rates`. Dequantisation, small kernels and a disk come on top."""
+    return max(made.operations / speed[0], made.moved / speed[1])
 
 
 def fitting(
@@ -565,7 +623,7 @@ def phased(
         tokens = torch.zeros(prompts, work.length, dtype=torch.int64, device="meta")
         found["answers"] = folded + _peak(lambda: model(input_ids=tokens, use_cache=True, logits_to_keep=1))
     found["the held-out loss"] = folded + _peak(lambda: _passed(model, work, recipe.evaluate_items, made.rows))
-    return dataclasses.replace(made, phases=found | {"steps": made.device})
+    return dataclasses.replace(made, operations=operations(model, work), phases=found | {"steps": made.device})
 
 
 def _peak(run: Callable[[], object]) -> int:
