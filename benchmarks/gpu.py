@@ -21,7 +21,7 @@ from bitsandbytes.nn import Linear4bit, Params4bit
 from common import RESULTS, circumstances
 from torch import nn
 
-from zo_engine import plan
+from zo_engine import plan, recipe
 from zo_engine.blocks import Prefix, levels
 from zo_engine.newton import GaussNewton
 from zo_engine.noise import directions
@@ -37,6 +37,7 @@ TINY = {
     "num_key_value_heads": 1, "intermediate_size": 128, "max_position_embeddings": 128,
 }  # fmt: skip
 EPS = 1e-3  # of the published form
+FEW = 8  # directions of the Gauss-Newton step that is measured: memory is planned for the same, time is not waited for
 
 
 @dataclass(frozen=True)
@@ -55,10 +56,11 @@ class Case:
         size = f"{self.side} px" if self.side else f"{self.length} tokens"
         return f"{self.model}, {size}, batch {self.batch}, {self.space}, {'streamed' if self.streamed else 'resident'}"
 
-    def work(self, dtype: torch.dtype) -> Work:
-        if self.side:
-            return Work(self.batch, 333, (self.side, self.side), dtype=dtype)
-        return Work(self.batch, self.length, dtype=dtype)
+    def work(self, dtype: torch.dtype, directions: int = 0) -> Work:
+        """A step of Gauss-Newton in gain space, or of slopes in group space."""
+        length, size = (333, (self.side, self.side)) if self.side else (self.length, None)
+        optimizer = "gauss-newton" if self.space == "gain" else "sgd"
+        return Work(self.batch, length, size, directions=directions, dtype=dtype, space=self.space, optimizer=optimizer)
 
 
 def cases(tiny: bool) -> list[Case]:
@@ -204,6 +206,7 @@ def measure(case: Case, config: dict, device: torch.device, dtype: torch.dtype) 
     }
     if case.space == "gain":
         facts["gauss_newton"], facts["gauss_newton_peak"] = timed(newton(model, work, device), device, 1)
+        facts["gauss_newton_planned"] = reckoned(case, config, dtype, FEW)["device"]
     return facts
 
 
@@ -217,7 +220,7 @@ def newton(model: nn.Module, work: Work, device: torch.device) -> Callable[[], o
     rows = max(1, plan.TOKENS // work.tokens(model))
 
     def run() -> None:
-        method = GaussNewton(space.layout, parts, seed=0, per_part=[8] * len(parts), device=device)  # few are enough
+        method = GaussNewton(space.layout, parts, seed=0, per_part=[FEW] * len(parts), device=device)
         replays: dict = {}
 
         def evaluated(part, probes, fresh):
@@ -237,11 +240,11 @@ def newton(model: nn.Module, work: Work, device: torch.device) -> Callable[[], o
 # The table
 
 
-def reckoned(case: Case, config: dict, dtype: torch.dtype, like: dict | None) -> dict:
-    """What the planner says of a Gauss-Newton step, resident or with everything away that can be. like: the plan of the
-    other of these two, whose step allocates the same."""
+def reckoned(case: Case, config: dict, dtype: torch.dtype, directions: int = 0, like: dict | None = None) -> dict:
+    """What the planner says of a step, resident or with everything away that can be: of the last ones, which have most
+    directions, if not said otherwise. like: the plan of the other of these two, whose step allocates the same."""
     model = skeleton(config, "nf4", dtype)
-    work = case.work(dtype)
+    work = case.work(dtype, directions)
     away = len(block_names(model)) if case.streamed else 0
     working = like["working"] if like else None
     made = plan.make(model, work, max(1, plan.TOKENS // work.tokens(model)), away, ends=case.streamed, working=working)
@@ -256,13 +259,15 @@ def written(rows: dict[str, dict], name: str) -> None:
     )
     gigabytes = lambda size: f"{size / 1e9:.2f}"  # noqa: E731
     lines = [
-        "| case | planned peak, GB | peak, GB | step, s | two plain forwards, s | ratio | published form, s | "
+        "| case | planned peak, GB | of the first steps | theta, GB | waiting, GB | peak, GB | step, s | "
+        "two plain forwards, s | ratio | published form, s | "
         "moved a step, GB | blocks late | noise | images or tokens a second | state |",
-        "|---|" + "---|" * 11,
+        "|---|" + "---|" * 14,
     ]
     for row, facts in rows.items():
-        planned, found = facts.get("planned"), facts.get("measured")
-        cells = [row, gigabytes(planned["device"]) if planned else ""]
+        planned, found = facts["planned"], facts.get("measured")
+        cells = [row, gigabytes(planned["device"]), gigabytes(facts["first"]), gigabytes(planned["theta"])]
+        cells.append(gigabytes(planned["host"]))
         if found:
             ratio, share = found["step"] / found["plain"], found["noise"] / found["step"]
             cells += [gigabytes(found["peak"]), f"{found['step']:.3f}", f"{found['plain']:.3f}", f"{ratio:.2f}"]
@@ -294,9 +299,12 @@ def main() -> None:
         if time.monotonic() - began > 60 * given.minutes:
             break
         row = rows.setdefault(case.name, {"case": asdict(case)})
-        if "planned" not in row and case.space == "gain":
-            other = rows.get(dataclasses.replace(case, streamed=not case.streamed).name, {}).get("planned")
-            row["planned"] = reckoned(case, config, torch.bfloat16 if not given.tiny else dtype, other)
+        planning = torch.bfloat16 if not given.tiny else dtype
+        other = rows[dataclasses.replace(case, streamed=False).name]["planned"] if case.streamed else None
+        row["planned"] = reckoned(case, config, planning, like=other)
+        row["first"] = row["planned"]["device"]
+        if case.space == "gain":
+            row["first"] = reckoned(case, config, planning, recipe.DIRECTIONS)["device"]
         whole, blocks = plan.sizes(skeleton(config, "nf4", dtype))
         free = torch.cuda.mem_get_info(device)[0] if cuda else 0
         if not (cuda or given.tiny):

@@ -321,6 +321,13 @@ def test_a_live_run_still_writes_the_golden_journal(transformer):
     assert golden[-1].loss < 0.8 * golden[0].loss
 
 
+def test_directions_that_are_drawn_anew_for_each_example_are_the_same(transformer, monkeypatch):
+    whole, journal = golden_run(transformer("nf4"))
+    monkeypatch.setattr("zo_engine.newton.HELD", 0)
+    again, anew = golden_run(transformer("nf4"))
+    assert anew == journal and torch.equal(again.theta, whole.theta)
+
+
 def test_prefix_and_chunks_change_nothing_but_rounding(transformer):
     plain, journal = golden_run(transformer("nf4"), prefixed=False)
     chunked, again = golden_run(transformer("nf4"), chunk=5)

@@ -98,6 +98,14 @@ def test_a_direction_does_not_depend_on_how_probes_are_split_over_calls(kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("piece", [1, 3, 1000])
+def test_a_direction_does_not_depend_on_how_much_is_made_at_once(kind, piece, monkeypatch):
+    whole = directions(kind, Layout(SHAPES), 1, 2, range(6))
+    monkeypatch.setattr("zo_engine.noise.PIECE", piece)
+    assert same(kind, whole, directions(kind, Layout(SHAPES), 1, 2, range(6)))
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_longer_tensor_begins_as_a_shorter_one_does(kind):
     assert same(kind, draw(kind, {"a": (5,)})["a"], draw(kind, {"a": (1000,)})["a"][:, :5])
 

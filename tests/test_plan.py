@@ -6,10 +6,15 @@ import json
 import pytest
 import tiny
 import torch
+from diffusers import AutoencoderKL
 
 from zo_engine import models, plan
+from zo_engine.cache import encode
 from zo_engine.offload import block_names
 from zo_engine.plan import SHAPES, PlanError, Work, parse_memory, skeleton
+from zo_engine.recipe import Recipe
+from zo_engine.scales import find_scales
+from zo_engine.tasks.diffusion import sample
 
 
 @pytest.fixture(scope="module")
@@ -37,6 +42,99 @@ def test_a_step_without_data_needs_what_a_step_needs(kinds, kind, rows, relay):
     counted, same = plan.step(model, work, rows, device="cpu", relay=relay, short=False)
     assert theta == same
     assert planned == pytest.approx(counted, rel=0.05)
+
+
+@pytest.mark.parametrize(
+    ("kind", "space", "optimizer", "noise"),
+    [
+        ("sd3", "gain", "sgd", "rademacher"),
+        ("sd3", "group", "sgd", "rademacher"),
+        ("llama", "group", "adam", "gaussian"),
+        ("llama", "absolute", "momentum", "rademacher"),
+        ("opt", "gain", "gauss-newton", "gaussian"),
+    ],
+)
+@pytest.mark.parametrize("rows", [2, 16])
+def test_a_step_of_every_method_without_data_needs_what_it_needs(kinds, kind, space, optimizer, noise, rows):
+    model, config, work = kinds[kind]
+    work = dataclasses.replace(work, space=space, optimizer=optimizer, noise=noise)
+    planned, theta = plan.step(skeleton(config, dtype=torch.float32), work, rows)
+    counted, same = plan.step(model, work, rows, device="cpu", short=False)
+    assert theta == same
+    assert planned == pytest.approx(counted, rel=0.05)
+
+
+def test_theta_is_as_large_as_the_scales_in_group_space_and_the_plan_says_so(kinds):
+    _, config, work = kinds["llama"]
+    model = skeleton(config, dtype=torch.float32)
+    gain, group, adam = (
+        plan.make(model, dataclasses.replace(work, depth=1.0, optimizer=optimizer, space=space), 4)
+        for space, optimizer in (("gain", "sgd"), ("group", "sgd"), ("group", "adam"))
+    )
+    scales = sum(view.base.nbytes for view in find_scales(model).values())
+    assert group.theta == scales > gain.theta and adam.theta == 3 * scales
+    assert adam.working > group.working
+    assert "(theta is" in dataclasses.replace(adam, theta=adam.device // 10).said() and "(theta is" not in gain.said()
+
+
+def test_every_phase_of_a_run_is_planned_as_it_is_counted(kinds, tiny_folder):
+    model, config, work = kinds["sd3"]
+    recipe = Recipe(evaluate_items=8, prompts=("a", "b", "c"))
+    outline, parts = skeleton(config, dtype=torch.float32), plan.beside(tiny_folder / "transformer")
+    bounded = plan.phased(plan.make(outline, work, 4), outline, work, parts, recipe, memory=10**9)
+    found = bounded.phases
+    space, method = work.method(model, "cpu")
+    weights = lambda module: sum(t.nbytes for t in (*module.parameters(), *module.buffers()))  # noqa: E731
+    there = bounded.resident + bounded.theta
+
+    def counted(run):
+        with torch.no_grad(), plan.counted("cpu") as counter:
+            run()
+        return counter.peak
+
+    pipe = models.drawing(tiny_folder, model, bounded=True)
+    text = torch.zeros(24, model.config.joint_attention_dim), torch.zeros(model.config.pooled_projection_dim)
+    with space.folded(method.theta):
+        drawn = counted(lambda: sample(pipe, [text] * 2, text, [1, 2], width=64, height=64, steps=1, guidance=2.0))
+        batch, _, losses = plan.task(model, dataclasses.replace(work, batch=8), "cpu")
+        judged = counted(lambda: losses(batch.take(torch.arange(4)))) + sum(t.nbytes for t in vars(batch).values())
+    folded = sum(view.base.nbytes for view in space.views.values())
+    assert found["previews"] == pytest.approx(there + folded + weights(pipe.vae) + drawn, rel=0.1)  # and pixels
+    assert found["the held-out loss"] == pytest.approx(there + folded + judged, rel=0.05)
+    vae = models.load_vae(tiny_folder)
+    assert found["pictures"] == pytest.approx(
+        weights(vae) + counted(lambda: encode(vae, torch.zeros(1, 3, 64, 64))), rel=0.05
+    )
+    encoders = models.load_text_encoders(tiny_folder)
+    ask = {"do_classifier_free_guidance": False, "max_sequence_length": tiny.T5_TOKENS}
+    read = counted(lambda: encoders.encode_prompt("a sun", None, None, **ask))
+    each = [encoders.text_encoder, encoders.text_encoder_2, encoders.text_encoder_3]
+    assert found["captions"] == pytest.approx(sum(map(weights, each)) + read, rel=0.05)
+    assert found["steps"] == bounded.device and bounded.peak == max(found.values())
+    largest = max(found, key=found.get)
+    assert bounded.said_of_phases().startswith(f"largest phase of a run: {largest}, ")
+
+
+def test_phases_shrink_where_blocks_stream_or_pictures_are_drawn_one_by_one(kinds, tiny_folder):
+    _, config, work = kinds["sd3"]
+    outline, parts = skeleton(config, dtype=torch.float32), plan.beside(tiny_folder / "transformer")
+    resident, streamed = plan.make(outline, work, 4), plan.make(outline, work, 4, 2, slots=1)
+    whole = plan.phased(resident, outline, work, parts, Recipe()).phases
+    away = plan.phased(streamed, outline, work, parts, Recipe(), memory=10**9).phases
+    assert all(away[name] < whole[name] for name in ("the base's answers", "previews", "the held-out loss"))
+    assert away["captions"] <= whole["captions"]  # two slots, and no more than two blocks here
+    assert set(whole) == {"captions", "pictures", "the base's answers", "previews", "the held-out loss", "steps"}
+    tight = plan.phased(resident, outline, work, parts, Recipe(), memory=1).phases
+    assert tight["captions"] == away["captions"]  # encoders that do not fit stream, whatever the transformer does
+
+
+def test_what_stands_beside_sd35_has_its_published_sizes():
+    parts = plan.BESIDE["sd3.5-large"]
+    kinds = {"vae": AutoencoderKL} | {name: cls for name, (cls, _) in models.TEXT_PARTS.items()}
+    counts = {name: sum(p.numel() for p in plan._part(kinds[name], parts[name], torch.bfloat16).parameters())
+              for name in parts}  # fmt: skip
+    assert counts == {"vae": 83_819_683, "text_encoder": 123_650_304, "text_encoder_2": 694_659_840,
+                      "text_encoder_3": 4_762_310_656}  # fmt: skip
 
 
 @pytest.mark.parametrize(("kind", "quantization"), [("sd3", "nf4"), ("sd3", "int8"), ("llama", "nf4"), ("opt", "nf4")])
@@ -79,6 +177,21 @@ def test_where_blocks_wait_is_counted(kinds):
     assert disk.moved < host.moved  # one visit serves all passes
 
 
+def test_blocks_that_find_room_in_memory_do_not_wait_on_the_disk(kinds):
+    _, config, work = kinds["llama"]
+    model = skeleton(config, dtype=torch.float32)
+    blocks = plan.sizes(model)[1]
+    found = {}
+    for host in (0, blocks[3], 2 * blocks[3] + 1, sum(blocks)):
+        (made,) = plan.plans(model, work, 2, [(4, False)], "disk", 1, host=host)
+        assert made.disk + made.host == sum(blocks) + made.streaming and made.host <= host + made.streaming
+        found[made.held] = made
+    assert list(found) == [0, 1, 2, 4]
+    moved = [made.moved for made in found.values()]
+    assert moved == sorted(moved) and moved[-1] == plan.make(model, work, 2, 4, slots=1).moved
+    assert "1 of them from host memory" in found[1].said() and "host memory" not in found[0].said()
+
+
 def test_ends_that_wait_are_counted(kinds):
     for kind in ("llama", "opt"):
         model, work = skeleton(kinds[kind][1], dtype=torch.float32), kinds[kind][2]
@@ -96,15 +209,44 @@ def test_the_largest_shapes_fit_small_cards(shape, most):
     assert plan.make(model, Work(1, 2048), 2, len(block_names(model)), ends=True).device <= most
 
 
+@pytest.mark.parametrize("how", [("gain", "gauss-newton"), ("gain", "sgd"), ("group", "sgd")])
 @pytest.mark.parametrize(("tier", "ends"), [("cpu", False), ("cpu", True), ("disk", False)])
-def test_what_moves_is_what_a_mover_moves(kinds, tmp_path, tier, ends):
+def test_what_moves_is_what_a_mover_moves(kinds, tmp_path, tier, ends, how):
     _, config, work = kinds["llama"]
+    work = dataclasses.replace(work, space=how[0], optimizer=how[1])
     folder = tiny.save_language_model(tmp_path / "model")
     placement = models.Placement(4, 1, tmp_path / "store" if tier == "disk" else None, ends)
     model = models.load_language_model(folder, placement=placement)
     made = plan.make(skeleton(config, dtype=torch.float32), work, 3, 4, tier, slots=1, ends=ends, working=0)
     plan.step(model, work, 3, device="cpu", relay=4 if tier == "disk" else 0, short=False)
     assert model.mover.moved == pytest.approx(made.moved, rel=0.2)  # a block may still lie in its slot
+
+
+def test_the_least_time_of_a_step_ranks_settings_as_they_cost(kinds):
+    _, config, work = kinds["llama"]
+    outline = skeleton(config, dtype=torch.float32)
+
+    def least(rows=2, away=0, speed=(1e9, 1e9), **changes):
+        asked = dataclasses.replace(work, **changes)
+        made = plan.make(outline, asked, rows, away, slots=1, working=0)
+        return plan.seconds(dataclasses.replace(made, operations=plan.operations(outline, asked)), speed)
+
+    assert least(length=60) > least() and least(batch=4) > least() and least(directions=12) > least()
+    assert least(depth=1.0) > least(depth=0.25)  # what lies before a level runs once
+    assert least(speed=(2e9, 1e9)) == least() / 2
+    slow = {"away": 4, "speed": (1e15, 1e6)}  # copies set the pace: fewer passes, or fewer blocks away, take less
+    assert least(**slow) > least(rows=8, **slow) and least(**slow) > least(**slow | {"away": 2})
+    assert least(away=4, speed=(1e6, 1e15)) == least(speed=(1e6, 1e15))  # and where they do not, they are hidden
+
+
+def test_operations_are_those_of_the_layers(kinds):
+    """One direction for all of a model without prefix: 2 rows, a search of 3; two for each weight and token."""
+    _, config, work = kinds["llama"]
+    outline = skeleton(config, "none", torch.float32)
+    asked = dataclasses.replace(work, batch=1, depth=1.0, directions=1, optimizer="sgd", space="group")
+    linear = sum(m.weight.numel() for m in outline.modules() if isinstance(m, torch.nn.Linear))
+    found = plan.operations(outline, asked)
+    assert 0.9 * 2 * linear * 30 * 5 < found < 1.3 * 2 * linear * 30 * 5  # the head reads a token less; attention
 
 
 def test_published_shapes_have_their_published_sizes():

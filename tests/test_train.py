@@ -304,6 +304,15 @@ def test_export_equals_the_preview(studio, tmp_path):
     assert np.array_equal(np.asarray(ours), np.asarray(exported))
 
 
+def test_a_run_in_half_precision_trains_and_draws(recipe, tmp_path):
+    """As a GPU has it: the autoencoder takes the latents in the dtype in which the transformer gives them."""
+    half = dataclasses.replace(recipe, dtype="bfloat16", steps=1, evaluate_every=1)
+    run = go(training.prepare(half, tmp_path / "cache"), tmp_path / "run")
+    assert len(run.journal()) == 1 and run.preview_file(1).exists()
+    styled = open_style(run.path, tmp_path / "cache")
+    assert len(styled.sample(["a sun"], 1.0, size=(32, 32), seed=1, steps=2, guidance=2.0)) == 1
+
+
 def test_second_preparation_needs_no_encoder(recipe, tmp_path, monkeypatch):
     training.prepare(recipe, tmp_path)
     monkeypatch.setattr(training.models, "load_vae", lambda *a, **k: pytest.fail("the VAE was loaded again"))

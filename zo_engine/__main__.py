@@ -550,11 +550,21 @@ def download(model: str, as_json: bool) -> None:
 @json_option
 def plan(source: str, memory: str, offload: str, as_json: bool, **how) -> None:
     """What a step on SOURCE will need, before anything is loaded: a recipe, a model, or a published shape by name."""
-    from zo_engine.plan import as_dict, of
+    from zo_engine.plan import as_dict, of, rates, seconds
+    from zo_engine.train import pick_device, pick_dtype
 
     quiet()
     made = of(source, memory, offload, **how)
-    click.echo(json.dumps(as_dict(made)) if as_json else made.said())
+    if as_json:
+        click.echo(json.dumps(as_dict(made)))
+        return
+    device = pick_device("auto")
+    speed = rates(device, pick_dtype("auto", device))
+    click.echo(
+        f"{made.said()}\n{made.said_of_phases()}\n"
+        f"at least {seconds(made, speed):.3g} s a step on this machine's {device.type}: {made.operations / 1e12:.3g} "
+        f"TFLOP at {speed[0] / 1e12:.2g} TFLOP/s, as a product of matrices has it, copies at {speed[1] / 1e9:.2g} GB/s"
+    )
 
 
 @cli.command()

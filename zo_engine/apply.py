@@ -53,9 +53,9 @@ class StyledPipeline(Styled):
     ) -> list[Image.Image]:
         """One picture a prompt at a strength (0 is the base), seeds following on from `seed`."""
         device = self.model.device
-        encoders = models.encoders_for(self.folder, device, self.model.dtype)
+        encoders = models.encoders_for(self.folder, device, self.model.dtype, streamed=hasattr(self.model, "mover"))
         text = cache.embeddings(self.cache, self.folder, ["", *prompts], models.text_length(self.folder), *encoders)
-        pipe = models.pipeline(self.folder, self.model, models.load_vae(self.folder, device=device))
+        pipe = models.drawing(self.folder, self.model)
         with self.at(strength):
             return sample(
                 pipe,

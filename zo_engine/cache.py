@@ -3,6 +3,7 @@
 The encoders are loaded only when something is missing, and released before anything is trained.
 """
 
+import gc
 import hashlib
 import json
 from collections.abc import Callable, Iterable
@@ -119,6 +120,7 @@ def embeddings(
             _prove_finite(found[prompt], f"a text encoder of {folder}", repr(prompt))
             cache.put(keys[prompt], found[prompt])
         del encoders
+        gc.collect()  # encoders that stream refer to themselves
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
     return {prompt: (value["prompt"], value["pooled"]) for prompt, value in found.items()}

@@ -97,6 +97,7 @@ class Placement:
     slots: int = 2
     store: Path | None = None  # a folder: blocks stay in files, those of the model or a quantised copy made there
     ends: bool = False  # whether a language model's embedding and output layer wait with them
+    held: int = 0  # blocks that are taken into host memory all the same: so many last ones of those away
 
 
 RESIDENT = Placement()
@@ -142,14 +143,25 @@ def _placed(part: Path, placement: Placement, **how) -> nn.Module:
     model = load_quantized(part, **how, away=placement.away, mapped=mapped, ends=placement.ends)
     away, ends = block_names(model)[: placement.away], end_names(model) if placement.ends else []
     if away or ends:
-        model.mover = Mover(model, away, how["device"], placement.slots, from_disk=mapped, ends=ends)
+        model.mover = Mover(
+            model, away, how["device"], placement.slots, from_disk=mapped, ends=ends, held=placement.held
+        )
     return model
 
 
-def encoders_for(folder: Path, device: torch.device, dtype: torch.dtype) -> tuple[str, Callable]:
-    """(how T5 is held on this device, a function that loads the encoders so): for `cache.embeddings`."""
-    held = text_quantization(folder, device)
-    return held, lambda: load_text_encoders(folder, device=device, dtype=dtype, quantization=held)
+def encoders_for(
+    folder: Path, device: torch.device, dtype: torch.dtype, memory: int = 0, streamed: bool = False
+) -> tuple[str, Callable]:
+    """(how T5 is held on this device, a function that loads the encoders so): for `cache.embeddings`.
+
+    memory: bytes of the device that may be used, if bounded: encoders that are larger stream. streamed: they do anyway.
+    Streamed or not, embeddings are the same, bit for bit. Where nothing is said, T5 is quantised if it does not fit.
+    """
+    streamed = streamed or 0 < memory < text_bytes(folder)
+    held = "none" if streamed or memory else text_quantization(folder, device)
+    return held, partial(
+        load_text_encoders, folder, device=device, dtype=dtype, quantization=held, streamed=streamed
+    )  # fmt: skip
 
 
 def load_vae(folder: Path, *, device: Device = "cpu", dtype: torch.dtype = torch.float32) -> AutoencoderKL:
@@ -163,17 +175,25 @@ def load_vae(folder: Path, *, device: Device = "cpu", dtype: torch.dtype = torch
 
 
 def load_text_encoders(
-    folder: Path, *, device: Device = "cpu", dtype: torch.dtype = torch.float32, quantization: str = "none"
+    folder: Path,
+    *,
+    device: Device = "cpu",
+    dtype: torch.dtype = torch.float32,
+    quantization: str = "none",
+    streamed: bool = False,
 ) -> StableDiffusion3Pipeline:
     """diffusers' own pipeline with tokenizers and text encoders only: call its `encode_prompt`, then drop it.
 
-    `quantization` is that of T5 alone (4.8 billion weights in SD3.5); the CLIPs are small and stay dense.
+    `quantization` is that of T5 alone (4.8 billion weights in SD3.5); the CLIPs are small and stay dense. streamed: the
+    blocks of all three wait in host memory and pass through the slots of a `Mover` each.
     """
     folder = Path(folder)
     parts = {}
     for name, (encoder, tokenizer) in TEXT_PARTS.items():
         kind = quantization if encoder is T5EncoderModel else "none"
-        parts[name] = _text_encoder(encoder, folder / name, kind, device, dtype)
+        parts[name] = _text_encoder(encoder, folder / name, kind, "cpu" if streamed else device, dtype)
+        if streamed:
+            stream(parts[name], torch.device(device))
         name = name.replace("text_encoder", "tokenizer")
         with _whole(folder / name):
             parts[name] = tokenizer.from_pretrained(folder / name, local_files_only=True)
@@ -198,6 +218,15 @@ def _text_encoder(cls: type, part: Path, quantization: str, device: Device, dtyp
     for layer in quantized_layers(model).values():
         layer.support_avx512bf16_for_cpu = False  # that kernel computes in bf16, whatever dtype was asked for
     return model.eval().requires_grad_(False)
+
+
+def stream(model: nn.Module, device: torch.device) -> None:
+    """Let the blocks of a plain model that lies in host memory stay there and stream; all else goes to the device."""
+    names = block_names(model)
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if not any(name.startswith(f"{block}.") for block in names):
+            tensor.data = tensor.data.to(device)
+    model.mover = Mover(model, names, device)
 
 
 def _bitsandbytes(quantization: str, dtype: torch.dtype) -> BitsAndBytesConfig:
@@ -233,6 +262,17 @@ def pipeline(folder: Path, transformer: nn.Module, vae: AutoencoderKL | None = N
     pipe = StableDiffusion3Pipeline(transformer=transformer, scheduler=scheduler, vae=vae, **dict.fromkeys(texts))
     pipe.vae_scale_factor = vae_scale(folder)
     return pipe
+
+
+def drawing(folder: Path, transformer: nn.Module, bounded: bool = False) -> StableDiffusion3Pipeline:
+    """The pipeline that draws: with an autoencoder in the transformer's dtype, as it gets the latents in that.
+
+    bounded: it decodes one picture after the other, in the memory of one.
+    """
+    vae = load_vae(folder, device=transformer.device, dtype=transformer.dtype)
+    if bounded:
+        vae.enable_slicing()
+    return pipeline(folder, transformer, vae)
 
 
 def export(base: Path, transformer: diffusers.ModelMixin, out: Path) -> Path:
@@ -341,9 +381,12 @@ def text_quantization(folder: Path, device: torch.device) -> str:
     """
     if device.type != "cuda":
         return "none"
-    parts = ("text_encoder", "text_encoder_2", "text_encoder_3")
-    size = sum(f.stat().st_size for part in parts for f in (Path(folder) / part).glob("*.safetensors"))
-    return "none" if size < 0.8 * torch.cuda.mem_get_info(device)[0] else "nf4"
+    return "none" if text_bytes(folder) < 0.8 * torch.cuda.mem_get_info(device)[0] else "nf4"
+
+
+def text_bytes(folder: Path) -> int:
+    """Of the text encoders' files, about what they take when loaded: they come in 16 bits."""
+    return sum(f.stat().st_size for part in TEXT_PARTS for f in (Path(folder) / part).glob("*.safetensors"))
 
 
 def scheduler_shift(folder: Path) -> float:

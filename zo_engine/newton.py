@@ -34,6 +34,7 @@ from zo_engine.recipe import directions_at
 DAMPINGS = (0.03, 0.3)  # lambda, in units of the mean diagonal of Z'J'JZ
 SHARES = (0.2, 0.35, 0.6, 1.0)  # of the solution's way
 TRIES = tuple((damping, share) for damping in DAMPINGS for share in SHARES)
+HELD = 1 << 29  # directions' elements that are kept from example to example; more are drawn anew, a part at a time
 REACH = 0.3  # of a move, root mean square: what is longer is shortened, since no model of a loss holds that far
 
 Outcomes = Callable[[int, Probes, bool], Tensor]
@@ -67,10 +68,11 @@ class GaussNewton:
 
     def directions(self) -> list[Tensor]:
         """The directions of the next step for every part, each [K, n of the part]."""
-        return [
-            directions(self.kind, part, self.seed, self.step, range(count), self.theta.device)
-            for part, count in zip(self.parts, self.counts(self.step), strict=True)
-        ]
+        return [self._directions(part) for part in range(len(self.parts))]
+
+    def _directions(self, part: int) -> Tensor:
+        count = self.counts(self.step)[part]
+        return directions(self.kind, self.parts[part], self.seed, self.step, range(count), self.theta.device)
 
     def cost(self, step: int) -> int:
         """Rows that one example has in a step, before the tries."""
@@ -115,25 +117,33 @@ class GaussNewton:
 
     def _model(self, outcomes: Outcomes, batch: int) -> tuple[Tensor, Tensor, float]:
         """(Z'J'JZ [K, K], Z'g [K], loss) in fp64, means over the batch; one example at a time bounds the memory."""
-        z, total = self.directions(), sum(self.counts(self.step))
+        counts = self.counts(self.step)
+        total, signs = sum(counts), sum(n * part.size for n, part in zip(counts, self.parts, strict=True))
+        held = self.directions() if signs <= HELD else None
         gram = torch.zeros(total, total, dtype=torch.float64, device=self.theta.device)
         slope, loss = gram[0].clone(), 0.0
         for example in range(batch):
-            rises, columns = [], []
+            rises, jacobian, start = [], None, 0
             for part, layout in enumerate(self.parts):
-                count = len(z[part]) + 1  # the first row stands still: every part has its own, of the same rounding
+                z = held[part] if held else self._directions(part)
+                count = len(z) + 1  # the first row stands still: every part has its own, of the same rounding
                 direction, sign = torch.arange(count).sub(1).clamp(0), torch.ones(count, dtype=torch.int8)
                 sign[0] = 0
                 sample = torch.full((count,), example)
-                rows = outcomes(part, Probes(z[part], self.eps, direction, sign, sample, layout), False)
+                rows = outcomes(part, Probes(z, self.eps, direction, sign, sample, layout), False)
                 rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
                 rises.append(rows[1:, 0].double() - rows[0, 0].double())
-                columns.append((rows[1:, 1:] - rows[0, 1:]) / self.eps)
-            jacobian = torch.cat(columns)
+                if jacobian is None:  # in one piece from the start: of large pictures it is the largest thing here
+                    jacobian = rows.new_empty(total, rows.shape[1] - 1)
+                torch.sub(rows[1:, 1:], rows[0, 1:], out=jacobian[start : start + count - 1])
+                start += count - 1
+                first = rows[0, 0].clone()
+                del rows, z  # not held while the next part is probed
+            jacobian /= self.eps
             curvature = (jacobian @ jacobian.T).double()
             gram += curvature / batch
             slope += (torch.cat(rises) / self.eps - self.eps * curvature.diagonal()) / (2 * batch)
-            loss += rows[0, 0].item() / batch
+            loss += first.item() / batch
         return gram, slope, loss
 
     def _shortened(self, weights: tuple[float, ...]) -> tuple[float, ...]:

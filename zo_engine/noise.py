@@ -18,6 +18,7 @@ MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 WEYL = (0x9E3779B9, 0xBB67AE85)
 SIGNS_PER_BLOCK = 128  # a Philox block is four 32-bit words: 128 signs, or four normals
 NORMALS_PER_BLOCK = 4
+PIECE = 1 << 18  # blocks that are made at once: on the way a sign takes four bytes for a while
 
 
 def philox(counter: Sequence[Tensor], key: tuple[int, int]) -> list[Tensor]:
@@ -55,7 +56,7 @@ class Layout:
         if len(set(ids.values())) != len(ids):
             raise ValueError("two tensor names share one 32-bit hash; rename one of the layers")
         self._ids = ids
-        self._counters: dict[tuple[int, torch.device], tuple[Tensor, Tensor, Tensor]] = {}
+        self._counters: dict[tuple[int, torch.device], tuple[Tensor, Tensor]] = {}
 
     def part(self, layers: Iterable[str]) -> "Layout":
         """The tensors of some layers ("a" has "a.rows", ...), in this layout's order."""
@@ -75,20 +76,27 @@ class Layout:
             for (name, shape), part in zip(self.shapes.items(), parts, strict=True)
         }
 
-    def counters(self, per_block: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-        """(block number, tensor id) of every Philox block, and where each element lies in the blocks' output."""
+    def counters(self, per_block: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        """(block number, tensor id) of every Philox block: each tensor begins with a block of its own."""
         cached = self._counters.get((per_block, device))
         if cached is None:
-            blocks, ids, index, start = [], [], [], 0
-            for name, numel in self.numel.items():
-                count = -(-numel // per_block)
-                blocks.append(torch.arange(count))
-                ids.append(torch.full((count,), self._ids[name]))
-                index.append(torch.arange(start * per_block, start * per_block + numel))
-                start += count
-            cached = tuple(torch.cat(part).to(device) for part in (blocks, ids, index))
+            counts = [-(-numel // per_block) for numel in self.numel.values()]
+            blocks = [torch.arange(count, device=device) for count in counts]
+            ids = [torch.full((n,), self._ids[name], device=device) for n, name in zip(counts, self.numel, strict=True)]
+            cached = torch.cat(blocks), torch.cat(ids)
             self._counters[(per_block, device)] = cached
         return cached
+
+    def whole(self, per_block: int) -> list[tuple[int, int]]:
+        """(first, last + 1) of the stretches of the blocks' output that are elements, and not what fills up a block."""
+        found, start = [], 0
+        for numel in self.numel.values():
+            if found and found[-1][1] == start:
+                found[-1] = found[-1][0], start + numel
+            else:
+                found.append((start, start + numel))
+            start += -(-numel // per_block) * per_block
+        return found
 
 
 def directions(
@@ -104,13 +112,21 @@ def directions(
     per_block = {"rademacher": SIGNS_PER_BLOCK, "gaussian": NORMALS_PER_BLOCK}.get(kind)
     if per_block is None:
         raise ValueError(f"directions are 'rademacher' or 'gaussian', not {kind!r}")
-    block, ids, index = layout.counters(per_block, device)
-    probe = torch.tensor(list(probes), dtype=torch.int64, device=device)[:, None]
-    shape = (len(probe), len(block))
-    counter = [part.expand(shape) for part in (block, ids, probe, torch.tensor(step, device=device))]
-    words = torch.stack(philox(counter, (seed & MASK, (seed >> 32) & MASK)), dim=-1)  # [P, blocks, 4]
-    make = _signs if kind == "rademacher" else _normals
-    return make(words).flatten(1).index_select(1, index)
+    block, ids = layout.counters(per_block, device)
+    stretches, key = layout.whole(per_block), (seed & MASK, (seed >> 32) & MASK)
+    make, dtype = (_signs, torch.int8) if kind == "rademacher" else (_normals, torch.float32)
+    found = torch.empty(len(probes), layout.size, dtype=dtype, device=device)
+    together = max(1, PIECE // len(block))  # probes
+    for first in range(0, len(probes), together):
+        probe = torch.tensor(list(probes[first : first + together]), dtype=torch.int64, device=device)[:, None]
+        made = []
+        for blocks, names in zip(block.split(PIECE), ids.split(PIECE), strict=True):
+            shape = (len(probe), len(blocks))
+            counter = [part.expand(shape) for part in (blocks, names, probe, torch.tensor(step, device=device))]
+            made.append(make(torch.stack(philox(counter, key), dim=-1)).flatten(1))  # of words [P, blocks, 4]
+        made = torch.cat(made, 1) if len(made) > 1 else made[0]
+        torch.cat([made[:, a:b] for a, b in stretches], 1, out=found[first : first + together])
+    return found
 
 
 def _signs(words: Tensor) -> Tensor:

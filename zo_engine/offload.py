@@ -195,6 +195,10 @@ class Slot:
         self.views: list[Tensor] = []
         self.sources: list[Tensor] = []  # the very tensors that were copied
         self.ready, self.free = (torch.cuda.Event(), torch.cuda.Event()) if cuda else (None, None)
+        if cuda:
+            # Memory comes from the allocator as soon as the host has let go of it, kernels that use it may still be on
+            # their way: in their own stream that is no matter, but the first copy comes in another and has to wait.
+            self.free.record(torch.cuda.current_stream(device))
         self.staging: Tensor | None = None  # pinned, where home is a file
         self.filling: Future | None = None
 
@@ -213,9 +217,11 @@ class Mover:
         slots: int = 2,
         from_disk: bool = False,
         ends: Sequence[str] = (),
+        held: int = 0,
     ):
         """names: of the blocks that stream, in the order of their first visit. slots: blocks on the device at once.
-        from_disk: leave tensors mapped to their files, instead of taking them into (pinned) host memory.
+        from_disk: leave tensors mapped to their files, instead of taking them into (pinned) host memory; all but those
+        of the last `held` blocks, which a step visits most.
         ends: input embedding and output layer, of those that wait in host memory as well (`end_names`)."""
         if slots < 1 or not (names or ends):
             raise OffloadError(f"streaming needs a block and a slot at least, not {len(names)} and {slots}")
@@ -232,10 +238,11 @@ class Mover:
             own = [place for place in places if owners[place.key] == 1]
             self.blocks.append(Block(name, model.get_submodule(name), own))
         cuda = self.device.type == "cuda"
-        if not from_disk:
-            for block in self.blocks:
-                block.gather(_host_memory(block.size, cuda))
+        mapped = max(0, len(self.blocks) - held) if from_disk else 0
+        for block in self.blocks[mapped:]:
+            block.gather(_host_memory(block.size, cuda))
         self.streamed = [block.module for block in self.blocks]
+        self.mapped = self.streamed[:mapped]
         self.ends = [model.get_submodule(name) for name in ends]
         self._keep_ends(cuda)
         largest = max(block.size for block in self.blocks)
@@ -288,8 +295,8 @@ class Mover:
 
     @property
     def relay(self) -> list[nn.Module]:
-        """The streamed blocks, where their way is so long that one visit should serve all passes of an evaluation."""
-        return self.streamed if self.from_disk else []
+        """The first blocks, where their way is so long that one visit should serve all passes of an evaluation."""
+        return self.mapped
 
     def close(self) -> None:
         """Leave the model as it was found: tensors at home, no slot, forwards its own."""
@@ -375,18 +382,19 @@ class Mover:
 
     def _fill(self, block: Block, slot: Slot) -> None:
         with torch.cuda.stream(self.copies) if self.copies else nullcontext():
-            if slot.staging is not None:
+            staging = slot.staging if block.pack is None else None
+            if staging is not None:
                 slot.ready.synchronize()  # what was staged last has left; it is the disk that one waits for here
-                for view, source in zip(block.views(slot.staging), slot.sources, strict=True):
+                for view, source in zip(block.views(staging), slot.sources, strict=True):
                     view.copy_(source.view(view.shape))
             if self.copies:
                 self.copies.wait_event(slot.free)
-            pack = slot.staging if slot.staging is not None else block.pack
+            pack = block.pack if staging is None else staging
             if pack is not None:
                 size = min(block.size, len(pack))
                 slot.buffer[:size].copy_(pack[:size], non_blocking=True)
             for place, view, source in zip(block.places, slot.views, slot.sources, strict=True):
-                if pack is None or (slot.staging is None and not _same(source, place.home)):
+                if pack is None or (staging is None and not _same(source, place.home)):
                     view.copy_(source.view(view.shape), non_blocking=True)
             if slot.ready:
                 slot.ready.record(self.copies)

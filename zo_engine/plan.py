@@ -1,16 +1,17 @@
 """What a step will need, before anything is loaded: the step itself, run on tensors without data, under a counter.
 
 A model is built from its config on torch's meta device, in its own classes and with bitsandbytes' own layers, and makes
-a Gauss-Newton step there. Every operation says how large its results are; who holds them is known, so the sum of what
-is alive, and its peak, come out as they will on the device. Nothing here has to be kept in step with the method's code:
-it is that code which runs.
+a step there, of whichever method and space a recipe asks for. Every operation says how large its results are; who holds
+them is known, so the sum of what is alive, and its peak, come out as they will on the device. Nothing here has to be
+kept in step with the method's code: it is that code which runs.
 """
 
 import dataclasses
 import math
+import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,30 +20,40 @@ import diffusers
 import torch
 import transformers
 from bitsandbytes.functional import QuantState
+from diffusers import AutoencoderKL
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
 from transformers.quantizers.base import get_keys_to_not_convert
 from transformers.quantizers.quantizers_utils import should_convert_module
 
 from zo_engine import recipe as recipes
 from zo_engine.blocks import Prefix, Replay, answering, levels, relayed
+from zo_engine.cache import encode
 from zo_engine.hub import MODELS, find, is_language, read_json, text_length
+from zo_engine.models import TEXT_PARTS
 from zo_engine.newton import TRIES, GaussNewton
 from zo_engine.offload import ALIGNED, Block, block_names, end_names, piece_rows, tensors
-from zo_engine.probes import GainSpace, Probes, evaluate
-from zo_engine.recipe import DIRECTIONS
-from zo_engine.scales import find_scales
+from zo_engine.probes import Probes, Space, evaluate
+from zo_engine.quantize import quantization_of
+from zo_engine.recipe import DIRECTIONS, DOUBLINGS, Recipe, directions_at
+from zo_engine.scales import find_scales, formats_of
+from zo_engine.style import make_method, make_space
 from zo_engine.tasks.diffusion import Batch as Pictures
 from zo_engine.tasks.diffusion import flow_errors
 from zo_engine.tasks.text import Batch as Texts
 from zo_engine.tasks.text import token_features, token_losses
+from zo_engine.zo import ZO
 
 TOKENS = 4800  # of one pass, where nobody says how many rows: a device computes on them for longer than a block travels
 SLOTS = 2
-KNOWN = ("nf4", "fp4", "int8")  # quantisations that are planned
+KEPT = 8  # prompts without the trigger, whose pictures by the base are kept
+TOGETHER = 16  # pictures that are drawn at once, where memory is not bounded
+PROMPTS = 4  # of previews, if not said otherwise
+KNOWN = ("nf4", "fp4", "int8", "none")  # quantisations that are planned
 
 
 class PlanError(ValueError):
@@ -183,14 +194,41 @@ def _empty_layer(linear: nn.Linear, quantization: str, dtype: torch.dtype) -> nn
 
 @dataclass(frozen=True)
 class Work:
-    """What a step is to do. size: (width, height) in pixels of pictures; length: tokens of texts, or of captions."""
+    """What a step is to do. size: (width, height) in pixels of pictures; length: tokens of texts, or of captions.
+    directions: of every level in a Gauss-Newton step, else as `Recipe.directions`; 0: the method's own, and of
+    Gauss-Newton those of the last steps, which have most. The rest are settings of a recipe."""
 
     batch: int
     length: int
     size: tuple[int, int] | None = None
     depth: float = 0.34
-    directions: int = DIRECTIONS
+    directions: int = 0
     dtype: torch.dtype = torch.bfloat16
+    space: str = "gain"
+    optimizer: str = "gauss-newton"
+    columns: bool = False
+    noise: str = "rademacher"
+
+    @classmethod
+    def of(cls, recipe: Recipe, length: int, size: tuple[int, int] | None, dtype: torch.dtype) -> "Work":
+        """What the largest step of a run will do."""
+        count = recipe.directions
+        if recipe.optimizer == "gauss-newton":
+            count = directions_at(count or DIRECTIONS, recipe.steps - 1)
+        how = recipe.space, recipe.optimizer, recipe.columns, recipe.noise
+        return cls(recipe.batch_size, length, size, recipe.depth, count, dtype, *how)
+
+    def method(self, model: nn.Module, device: str = "meta") -> tuple[Space, GaussNewton | ZO]:
+        """The space and the method of a run on the model, as training makes them."""
+        count = self.directions
+        if self.optimizer == "gauss-newton":
+            count = count or DIRECTIONS << DOUBLINGS
+        recipe = Recipe(
+            batch_size=self.batch, depth=self.depth, directions=count, space=self.space, optimizer=self.optimizer,
+            columns=self.columns, noise=self.noise,
+        )  # fmt: skip
+        space = make_space(find_scales(model, formats_of(quantization_of(model))), recipe)
+        return space, make_method(space, recipe, device)
 
     def tokens(self, model: nn.Module) -> int:
         """Of one row."""
@@ -219,39 +257,42 @@ def task(model: nn.Module, work: Work, device: str = "meta") -> tuple[Any, Calla
 def step(
     model: nn.Module, work: Work, rows: int, device: str = "meta", relay: int = 0, short: bool = True
 ) -> tuple[int, int]:
-    """(peak of the bytes that a Gauss-Newton step in gain space allocates, bytes of theta).
+    """(peak of the bytes that a step allocates, bytes of theta and of the averages that the method keeps of it).
 
     rows: of one pass. relay: so many first blocks serve all passes in turn. short: with two examples (the third would
     need no more) and, in each evaluation, two passes through two blocks: what they leave is of full size.
     """
-    views = find_scales(model)
-    found = levels(views, work.depth)
-    space = GainSpace({name: views[name] for level in found for name in level.layers})
-    parts = [space.layout.part(level.layers) for level in found]
-    counts = [level.share(work.directions) for level in found]
-    method = GaussNewton(space.layout, parts, seed=0, per_part=counts, device=device)
+    space, method = work.method(model, device)
+    kept = sum(tensor.nbytes for tensor in method.state()[0].values())
     blocks = [model.get_submodule(name) for name in block_names(model)]
-    prefixes = [Prefix(model, level) if level.first else None for level in found]
+    prefixes = [Prefix(model, level) if level.first else None for level in levels(space.views, work.depth)]
     with counted(device) as counter:
         batch, outcomes, losses = task(model, work, device)
+        trial = batch if isinstance(method, ZO) else task(model, work, device)[0]
         replays: dict[tuple, Replay] = {}
 
         def evaluated(part: int, probes: Probes, fresh: bool) -> Tensor:
-            read = losses if fresh else outcomes
-            sample = lambda index: read(batch.take(index.to(device)))  # noqa: E731
+            read = losses if fresh or isinstance(method, ZO) else outcomes
+            sample = lambda index: read((trial if fresh else batch).take(index.to(device)))  # noqa: E731
             if prefixes[part] and (part, fresh) not in replays:
                 with space.dressed(method.theta):
                     run = _prefix if short else Prefix.run
                     replays[part, fresh] = run(prefixes[part], sample, work.batch, rows, blocks[:relay])
             replay = replays.get((part, fresh))
             if not short:
-                found = evaluate(space, method.theta, probes, sample, rows, replay, blocks[:relay])
-            else:
-                found = _passes(space, method.theta, probes, sample, rows, replay, blocks, relay)
-            return found[:, None] if fresh else found
+                return evaluate(space, method.theta, probes, sample, rows, replay, blocks[:relay])
+            return _passes(space, method.theta, probes, sample, rows, replay, blocks, relay)
 
-        method.advance(evaluated, min(2, work.batch) if short else work.batch, work.batch)
-    return counter.peak, 4 * method.layout.size
+        if isinstance(method, ZO):
+            method.advance(lambda p, fresh: evaluated(-1, p, fresh).cpu(), work.batch, work.space == "gain")
+        else:
+
+            def answered(part: int, probes: Probes, fresh: bool) -> Tensor:
+                found = evaluated(part, probes, fresh)
+                return found[:, None] if fresh else found
+
+            method.advance(answered, min(2, work.batch) if short else work.batch, work.batch)
+    return counter.peak, kept
 
 
 def _prefix(prefix: Prefix, sample: Callable, count: int, rows: int, relay: list[nn.Module]) -> Replay:
@@ -265,7 +306,7 @@ def _prefix(prefix: Prefix, sample: Callable, count: int, rows: int, relay: list
 
 
 def _passes(
-    space: GainSpace, theta: Tensor, probes: Probes, sample: Callable, rows: int, replay: Replay | None,
+    space: Space, theta: Tensor, probes: Probes, sample: Callable, rows: int, replay: Replay | None,
     blocks: list[nn.Module], relay: int,
 ) -> Tensor:  # fmt: skip
     """As `evaluate`, with two passes, and in each the first and the last of the blocks that are to compute."""
@@ -306,6 +347,11 @@ def _grown(state: Any, count: int) -> Any:
 # The plan
 
 
+def amount(size: int) -> str:
+    """Bytes for people."""
+    return f"{size / 1e9:.2f} GB" if size >= 1e8 else f"{size / 1e6:.1f} MB"
+
+
 @dataclass(frozen=True)
 class Plan:
     """What a step needs, in bytes; `away` of `blocks` blocks stream through `slots`, `rows` rows a pass."""
@@ -323,23 +369,42 @@ class Plan:
     disk: int  # or in files
     moved: int  # to the device in the first step
     ends: int = 0  # embedding and output layer, where they wait with the blocks
+    held: int = 0  # of the blocks away, where the tier is a disk: those that wait in memory nevertheless
+    theta: int = 0  # of `working`: theta, and the averages that an optimizer keeps of it
+    operations: int = 0  # of a step's products, where it was asked
+    phases: dict[str, int] = field(default_factory=dict)  # peak of the device's memory in each, where it was asked
 
     @property
     def device(self) -> int:
-        """Peak of the device's memory."""
+        """Peak of the device's memory in a step."""
         return self.resident + self.streaming + self.working
+
+    @property
+    def peak(self) -> int:
+        """And in the whole run, as far as phases are known."""
+        return max(self.device, *self.phases.values(), 0)
 
     def said(self) -> str:
         """In one line."""
-        gigabytes = lambda size: f"{size / 1e9:.2f} GB"  # noqa: E731
         where = {"resident": "all blocks stay on the device", "cpu": "from host memory", "disk": "from disk"}[self.tier]
         if self.tier != "resident":
             where = f"{self.away} of {self.blocks} blocks stream {where} through {self.slots} slots"
+            where += f", {self.held} of them from host memory" if self.held else ""
             where += ", the output layer too, and the embedding waits there" if self.ends else ""
+        theta = f" (theta is {amount(self.theta)} of it)" if 20 * self.theta > self.device else ""
         return (
-            f"{gigabytes(self.device)} of the device: weights {gigabytes(self.resident + self.streaming)}, a step "
-            f"{gigabytes(self.working)}; {where}, {self.rows} rows a pass, {gigabytes(self.moved)} moved a step"
+            f"{amount(self.device)} of the device: weights {amount(self.resident + self.streaming)}, a step "
+            f"{amount(self.working)}{theta}; {where}, {self.rows} rows a pass, {amount(self.moved)} moved a step"
         )
+
+    def said_of_phases(self) -> str:
+        """In one line: what each phase of a run needs, the largest named; nothing where that was not asked."""
+        if not self.phases:
+            return ""
+        largest = max(self.phases, key=self.phases.__getitem__)
+        card = "; encoders that do not fit a card stream, or T5 is quantised" if largest == "captions" else ""
+        each = ", ".join(f"{name} {amount(size)}" for name, size in self.phases.items())
+        return f"largest phase of a run: {largest}, {amount(self.phases[largest])} ({each}){card}"
 
 
 def sizes(model: nn.Module) -> tuple[int, list[int]]:
@@ -370,62 +435,129 @@ def make(
 
 def plans(
     model: nn.Module, work: Work, rows: int, aways: Iterable[tuple[int, bool]], tier: str = "cpu", slots: int = SLOTS,
-    known: int | None = None,
+    known: int | None = None, host: int = 0,
 ) -> Iterator[Plan]:  # fmt: skip
-    """One plan for each (number of blocks away, whether the ends are)."""
+    """One plan for each (number of blocks away, whether the ends are). host: bytes of memory in which the last of the
+    blocks away wait, where the tier is a disk."""
     whole, blocks = sizes(model)
     outside, pieces = end_sizes(model)
     relay = tier == "disk"
     working = {} if known is None else {0: known}
+    theta = sum(tensor.nbytes for tensor in work.method(model)[1].state()[0].values())
     for away, ends in aways:
-        shared = away if relay else 0
+        kept = [n for n in range(away + 1) if relay and sum(blocks[away - n : away]) <= host]
+        held = max(kept, default=0)
+        shared = away - held if relay else 0
         if shared not in working:
             working[shared] = sum(step(model, work, rows, relay=shared))
         streamed, waiting = blocks[:away], outside if ends else 0
         through = [*streamed, *(pieces if ends else [])]
-        held = min(slots, len(through))
-        room = held * max(through, default=0)
+        through_slots = min(slots, len(through))
+        room = through_slots * max(through, default=0)
         yield Plan(
             rows=rows,
             blocks=len(blocks),
             away=away,
-            slots=held,
+            slots=through_slots,
             tier=tier if away or waiting else "resident",
             weights=whole,
             resident=whole - sum(streamed) - waiting,
             streaming=room,
             working=working[shared],
-            host=room if relay else sum(streamed) + waiting,
-            disk=sum(streamed) + waiting if relay else 0,
-            moved=_moved(model, work, rows, blocks, away, held, relay, sum(pieces) if ends else 0),
+            host=room + sum(streamed[shared:]) if relay else sum(streamed) + waiting,
+            disk=sum(streamed[:shared]) + waiting if relay else 0,
+            moved=_moved(model, work, rows, blocks, away, through_slots, shared, sum(pieces) if ends else 0),
+            held=held,
             ends=waiting,
+            theta=theta,
         )
 
 
+def _evaluations(model: nn.Module, work: Work) -> list[tuple[int, int, list[int]]]:
+    """Of every evaluation of a step: the blocks before it, run once for so many examples, and the rows of its parts,
+    each of which begins anew."""
+    space, method = work.method(model)
+    first = [level.first for level in levels(space.views, work.depth)]
+    if isinstance(method, ZO):
+        probes = 2 * method.per_step * (1 if work.space == "gain" else work.batch)
+        return [(first[-1], work.batch, [count]) for count in (probes, 3 * work.batch)]  # and a search
+    counts = method.counts(0)
+    lessons = [(start, work.batch, [n + 1] * work.batch) for start, n in zip(first, counts, strict=True)]
+    return [*lessons, (first[-1], work.batch, [(len(TRIES) + 1) * work.batch])]
+
+
 def _moved(
-    model: nn.Module, work: Work, rows: int, blocks: list[int], away: int, slots: int, relay: bool, head: int
+    model: nn.Module, work: Work, rows: int, blocks: list[int], away: int, slots: int, relay: int, head: int
 ) -> int:
-    """Bytes to the device in a Gauss-Newton step: each pass brings the streamed blocks that it computes, or the first
-    does, where they find room in the slots; and the output layer, if that waits as well."""
+    """Bytes to the device in a step: each pass brings the streamed blocks that it computes, or the first does, where
+    they find room in the slots or are among the `relay` first; and the output layer, if that waits as well."""
 
     def brought(first: int, last: int, count: int) -> int:
-        once = relay or (last - first <= slots and not head)
-        return sum(blocks[first:last]) * (1 if once else math.ceil(count / rows))
+        few = last - first <= slots and not head
+        passes = math.ceil(count / rows)
+        return sum(size * (1 if few or n < relay else passes) for n, size in enumerate(blocks[:last]) if n >= first)
 
-    found, total, tried = levels(find_scales(model), work.depth), 0, work.batch
-    first = [min(level.first, away) for level in found]
-    for start, level in zip(first, found, strict=True):
-        probes = level.share(work.directions) + 1
-        total += brought(0, start, work.batch) + work.batch * brought(start, away, probes)
-        total += work.batch * math.ceil(probes / rows) * head
-    tries = (len(TRIES) + 1) * tried
-    return total + brought(0, first[-1], tried) + brought(first[-1], away, tries) + math.ceil(tries / rows) * head
+    total = 0
+    for start, examples, counts in _evaluations(model, work):
+        first = min(start, away)
+        total += brought(0, first, examples)
+        total += sum(brought(first, away, count) + math.ceil(count / rows) * head for count in counts)
+    return total
 
 
-def fitting(model: nn.Module, work: Work, memory: int, rows: int = 0, tier: str = "cpu", slots: int = SLOTS) -> Plan:
+@torch.no_grad()
+def operations(model: nn.Module, work: Work) -> int:
+    """Floating-point operations of a step's products, of matrices and of attention: two for each multiplication."""
+
+    def product(a: Any, b: Any, shape: Any, *args: Any, out_shape: Any = None, **how: Any) -> int:
+        return 2 * math.prod(a) * shape[0]  # of activations [..., in] with a 4-bit weight [out, in]
+
+    known = {torch.ops.bitsandbytes.gemm_4bit: product}
+    batch, _, losses = task(model, dataclasses.replace(work, batch=1))
+    with Counter("meta"), FlopCounterMode(display=False, custom_mapping=known) as counter:  # the first answers for data
+        losses(batch)
+    found = {name.partition(".")[2]: sum(by.values()) for name, by in counter.get_flop_counts().items()}
+    blocks = [found.get(name, 0) for name in block_names(model)]
+    outside = counter.get_total_flops() - sum(blocks)
+    return sum(
+        examples * (sum(blocks[:start]) + (outside if start else 0)) + sum(counts) * (outside + sum(blocks[start:]))
+        for start, examples, counts in _evaluations(model, work)
+    )
+
+
+@torch.no_grad()
+def rates(device: torch.device, dtype: torch.dtype, side: int = 2048) -> tuple[float, float]:
+    """(operations a second of a product of two matrices, bytes a second from host memory), measured on the device."""
+    square = torch.randn(side, side, device=device, dtype=dtype)
+    source = torch.zeros(4 * side * side, dtype=torch.uint8, pin_memory=device.type == "cuda")
+    target = torch.zeros_like(source, device=device)
+    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+
+    def fastest(run: Callable[[], object]) -> float:
+        spent = []
+        for _ in range(4):  # the first warms up
+            wait()
+            began = time.perf_counter()
+            run()
+            wait()
+            spent.append(time.perf_counter() - began)
+        return min(spent)
+
+    return 2 * side**3 / fastest(lambda: square @ square), len(source) / fastest(lambda: target.copy_(source))
+
+
+def seconds(made: Plan, speed: tuple[float, float]) -> float:
+    """What a step takes at least: its operations, or its bytes, whichever takes longer, since they overlap. speed: of
+    `rates`. Dequantisation, small kernels and a disk come on top."""
+    return max(made.operations / speed[0], made.moved / speed[1])
+
+
+def fitting(
+    model: nn.Module, work: Work, memory: int, rows: int = 0, tier: str = "cpu", slots: int = SLOTS, host: int = 0
+) -> Plan:
     """The plan for a device of so many bytes: as many blocks stay as fit (tier "resident": all), with rows as wanted;
-    where it is too much even so, the ends of a language model go as well, and then rows become fewer. Raises PlanError
-    where nothing fits."""
+    where it is too much even so, a language model's ends go as well, and then rows become fewer. host: as in `plans`.
+    Raises PlanError where nothing fits."""
     blocks = len(block_names(model))
     rows = rows or max(1, TOKENS // work.tokens(model))
     aways = [(away, False) for away in range(1 if tier == "resident" else blocks + 1)]
@@ -433,7 +565,7 @@ def fitting(model: nn.Module, work: Work, memory: int, rows: int = 0, tier: str 
         aways += [(away, True) for away in range(blocks + 1)]
     while True:
         best = None
-        for plan in plans(model, work, rows, aways, tier, slots):
+        for plan in plans(model, work, rows, aways, tier, slots, host=host):
             if plan.device <= memory:
                 return plan
             best = plan if best is None or plan.device < best.device else best
@@ -443,6 +575,101 @@ def fitting(model: nn.Module, work: Work, memory: int, rows: int = 0, tier: str 
                 f"streamed a step needs {best.device / 1e9:.2f} GB; lower batch_size, directions, depth or resolution"
             )
         rows //= 2
+
+
+# The other phases of a run
+
+
+def beside(part: Path) -> dict[str, dict]:
+    """The configs of what stands beside a transformer in its pipeline: autoencoder and text encoders, by their names;
+    nothing beside a language model."""
+    names = ("vae", *TEXT_PARTS) if part.name == "transformer" else ()
+    return {name: read_json(part.parent / name / "config.json") for name in names}
+
+
+@torch.no_grad()
+def phased(
+    made: Plan, model: nn.Module, work: Work, parts: dict[str, dict], recipe: Recipe, memory: int = 0
+) -> Plan:  # fmt: skip
+    """The plan with the peaks of all phases of a run: encoding, the held-out loss, looking at it, and the steps.
+
+    parts: of `beside`. memory: of the device, in bytes, where the recipe bounds it. Every phase is run without data, as
+    the step is; workspaces that kernels take for themselves are not known.
+    """
+    space, _ = work.method(model)
+    there = made.resident + made.streaming + made.theta
+    away = tuple(f"{name}." for name in block_names(model)[: made.away])
+    # Folded scales stand beside the base's own; those of blocks that stream are at home.
+    folded = there + sum(view.base.nbytes for name, view in space.views.items() if not name.startswith(away or "-"))
+    found, prompts = {}, len(recipe.prompts) or PROMPTS
+    if parts:
+        encoders = {name: _part(cls, parts[name], work.dtype) for name, (cls, _) in TEXT_PARTS.items()}
+        streamed = made.tier != "resident" or 0 < memory < _held(encoders, False)
+        found["captions"] = _held(encoders, streamed) + _peak(lambda: _encoded(encoders, work.length))
+        vae = _part(AutoencoderKL, parts["vae"], torch.float32)
+        shape = 1, 3, work.size[1], work.size[0]
+        found["pictures"] = _weights(vae) + _peak(lambda: encode(vae, torch.empty(shape, device="meta")))
+        together = max(1, made.rows // 2) if memory else TOGETHER
+        if recipe.prior:
+            found["the base's answers"] = there + _peak(lambda: _passed(model, work, 2 * min(KEPT, together)))
+        pictures = min(together, prompts)
+        vae.to(work.dtype)
+        if memory:  # as `models.drawing`
+            vae.enable_slicing()
+        latents = torch.empty(pictures, *_latents(model, work), dtype=work.dtype, device="meta")
+        drawing = _peak(lambda: _passed(model, work, 2 * pictures)), _peak(lambda: vae.decode(latents))
+        found["previews"] = folded + _weights(vae) + max(drawing)
+    elif recipe.texts or recipe.task:  # as long as prompts may be
+        tokens = torch.zeros(prompts, work.length, dtype=torch.int64, device="meta")
+        found["answers"] = folded + _peak(lambda: model(input_ids=tokens, use_cache=True, logits_to_keep=1))
+    found["the held-out loss"] = folded + _peak(lambda: _passed(model, work, recipe.evaluate_items, made.rows))
+    return dataclasses.replace(made, operations=operations(model, work), phases=found | {"steps": made.device})
+
+
+def _peak(run: Callable[[], object]) -> int:
+    """Bytes that a call allocates at its peak, on the meta device."""
+    with counted("meta") as counter:
+        run()
+    return counter.peak
+
+
+def _passed(model: nn.Module, work: Work, items: int, rows: int = 0) -> None:
+    """Losses of so many examples, or of the first rows of them."""
+    batch, _, losses = task(model, dataclasses.replace(work, batch=items))
+    losses(batch.take(torch.arange(min(rows, items), device="meta")) if rows else batch)
+
+
+def _latents(model: nn.Module, work: Work) -> tuple[int, int, int]:
+    return model.config.in_channels, work.size[1] // 8, work.size[0] // 8
+
+
+def _part(cls: type, config: dict, dtype: torch.dtype) -> nn.Module:
+    """A part of a pipeline without weights."""
+    settings = {k: v for k, v in config.items() if k not in ("quantization_config", "dtype", "torch_dtype")}
+    with torch.device("meta"):
+        made = cls.from_config(settings) if cls is AutoencoderKL else cls(cls.config_class(**settings))
+    return made.to(dtype).eval().requires_grad_(False)
+
+
+def _weights(model: nn.Module) -> int:
+    return sum(place.home.nbytes for place in tensors(model))
+
+
+def _held(encoders: dict[str, nn.Module], streamed: bool) -> int:
+    """Bytes of the text encoders; or of what stays of them on the device, and of the slots, if their blocks stream."""
+    total = 0
+    for encoder in encoders.values():
+        whole, blocks = sizes(encoder)
+        total += whole - sum(blocks) + min(SLOTS, len(blocks)) * max(blocks) if streamed else whole
+    return total
+
+
+def _encoded(encoders: dict[str, nn.Module], length: int) -> None:
+    """One caption of so many tokens, read by all of them: T5 reads those that stand behind the CLIPs' own."""
+    own = encoders["text_encoder"].config.max_position_embeddings
+    for encoder in encoders.values():
+        places = getattr(encoder.config, "max_position_embeddings", max(1, length - own))
+        encoder(torch.zeros(1, places, dtype=torch.int64, device="meta"))
 
 
 def parse_memory(text: str) -> int:
@@ -498,6 +725,30 @@ SHAPES = {
     "qwen3-32b": _decoder("qwen3", 5120, 64, 64, 8, 25600, 151936, head_dim=128, max_position_embeddings=40960),
 }  # fmt: skip
 
+# What stands beside a transformer, from the same repository
+BESIDE = {
+    "sd3.5-large": {
+        "vae": {
+            "block_out_channels": [128, 256, 512, 512], "down_block_types": ["DownEncoderBlock2D"] * 4,
+            "up_block_types": ["UpDecoderBlock2D"] * 4, "layers_per_block": 2, "latent_channels": 16,
+            "use_quant_conv": False, "use_post_quant_conv": False, "shift_factor": 0.0609, "scaling_factor": 1.5305,
+            "sample_size": 1024,
+        },
+        "text_encoder": {
+            "hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12,
+            "projection_dim": 768, "vocab_size": 49408, "max_position_embeddings": 77,
+        },
+        "text_encoder_2": {
+            "hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32, "num_attention_heads": 20,
+            "projection_dim": 1280, "vocab_size": 49408, "max_position_embeddings": 77,
+        },
+        "text_encoder_3": {
+            "d_model": 4096, "d_kv": 64, "d_ff": 10240, "num_layers": 24, "num_heads": 64, "vocab_size": 32128,
+            "feed_forward_proj": "gated-gelu", "is_encoder_decoder": False, "use_cache": False,
+        },
+    },
+}  # fmt: skip
+
 
 def of(
     source: str, memory: str = "", offload: str = "cpu", *, resolution: int = 512, length: int = 0,
@@ -522,23 +773,27 @@ def of(
     size = (resolution, resolution) if pictures else None
     work = Work(batch_size, length, size)
     if recipe:
-        buckets = recipe.resolution or (MODELS[name].resolution if name in MODELS else str(resolution))
-        sides = [tuple(int(n) for n in (b.split("x") if "x" in b else (b, b))) for b in buckets.split(",")]
-        size = max(sides, key=math.prod) if pictures else None
-        directions = recipes.directions_at(recipe.directions or DIRECTIONS, recipe.steps - 1)  # of the last steps
-        work = Work(recipe.batch_size, length if pictures else recipe.length, size, recipe.depth, directions)
+        if pictures:
+            buckets = recipe.resolution or (MODELS[name].resolution if name in MODELS else str(resolution))
+            sides = [tuple(int(n) for n in (b.split("x") if "x" in b else (b, b))) for b in buckets.split(",")]
+            size = max(sides, key=math.prod)
+        work = Work.of(recipe, length if pictures else recipe.length, size, work.dtype)
         memory, rows = memory or recipe.memory, rows or recipe.rows
         offload = offload if recipe.offload == "auto" else recipe.offload
     model = skeleton(config, recipe.quantization if recipe else "nf4", work.dtype)
-    if memory and memory != "auto":
-        return fitting(model, work, parse_memory(memory), rows, offload)
-    streamed = len(block_names(model)) if recipe and not memory and recipe.offload in ("cpu", "disk") else 0
-    return make(model, work, rows or max(1, TOKENS // work.tokens(model)), streamed, offload)
+    bound = parse_memory(memory) if memory and memory != "auto" else 0
+    if bound:
+        made = fitting(model, work, bound, rows, offload)
+    else:
+        streams = recipe and not memory and recipe.offload in ("cpu", "disk")
+        away, rows = len(block_names(model)) if streams else 0, rows or max(1, TOKENS // work.tokens(model))
+        made = make(model, work, rows, away, offload, ends=bool(streams))
+    return phased(made, model, work, beside(part) if part else BESIDE.get(name, {}), recipe or Recipe(), bound)
 
 
 def as_dict(plan: Plan) -> dict:
     """For JSON."""
-    return dataclasses.asdict(plan) | {"device": plan.device}
+    return dataclasses.asdict(plan) | {"device": plan.device, "peak": plan.peak}
 
 
 __all__ = ["SHAPES", "Plan", "PlanError", "Work", "counted", "fitting", "make", "parse_memory", "skeleton"]

@@ -40,7 +40,7 @@ from zo_engine.hub import first_line, is_language, read_json, some, weights_held
 from zo_engine.journal import Record, short
 from zo_engine.newton import GaussNewton
 from zo_engine.probes import Probes, Space, evaluate
-from zo_engine.recipe import DIRECTIONS, Recipe, RecipeError, directions_at, named
+from zo_engine.recipe import Recipe, RecipeError, named
 from zo_engine.run import Run, write_atomic
 from zo_engine.scales import ScaleView, find_scales, formats_of, prove_live
 from zo_engine.style import Style, journal_tensors, make_method, make_space, save_style, theta_tensors
@@ -114,9 +114,8 @@ class Drawing:
     ) -> list:
         """Pictures of the model as its scales stand now. One seed a prompt, following on from the recipe's."""
         prompts = prompts or self.prompts
-        vae = models.load_vae(self.folder, device=self.transformer.device)
         return sample(
-            models.pipeline(self.folder, self.transformer, vae),
+            models.drawing(self.folder, self.transformer, bounded=bool(recipe.memory)),
             [self.text[prompt] for prompt in prompts],
             self.text[""],
             seeds or [recipe.preview_seed + i for i in range(len(prompts))],
@@ -124,7 +123,7 @@ class Drawing:
             height=self.size[1],
             steps=steps or recipe.preview_steps,
             guidance=recipe.guidance,
-            together=max(1, recipe.rows // 2) if recipe.memory else 16,  # with guidance a picture is two rows
+            together=together(recipe),
         )
 
     def file(self, run: Run, step: int) -> Path:
@@ -151,6 +150,11 @@ class Drawing:
             "prompts": json.dumps(self.prompts),
             "size": "{}x{}".format(*self.size),
         }
+
+
+def together(recipe: Recipe) -> int:
+    """Pictures that are drawn at once."""
+    return max(1, recipe.rows // 2) if recipe.memory else plan.TOGETHER  # with guidance a picture is two rows
 
 
 @dataclass
@@ -326,12 +330,13 @@ def prepare_pictures(recipe: Recipe, cache_folder: Path, say: Callable[[str], No
     asked = [p.replace("[trigger]", recipe.trigger) for p in recipe.prompts]
     prompts = asked or preview_prompts([p.caption for (p, _), _ in train], [p.caption for (p, _), _ in held_out])
     captions = ["", *prompts, *(picture.caption for picture in found)]
-    encoders = models.encoders_for(folder, device, dtype)
+    away = recipe.offload in ("cpu", "disk")
+    encoders = models.encoders_for(folder, device, dtype, budget(recipe, device), away)
     plain = plain_prompts([picture.caption for picture in found], recipe.trigger) if recipe.prior else []
     text = cache.embeddings(store, folder, [*captions, *plain], models.text_length(folder), *encoders)
 
     sizes = [bucket for _, bucket in placed]
-    work = plan.Work(recipe.batch_size, len(text[""][0]), max(sizes, key=math.prod), recipe.depth, dtype=dtype)
+    work = plan.Work.of(recipe, len(text[""][0]), max(sizes, key=math.prod), dtype)
     recipe, placement = place(recipe, folder / "transformer", work, device, cache_folder, notes)
     say(f"loading {known.title} in {recipe.quantization}")
     transformer = models.load_transformer(
@@ -350,11 +355,14 @@ def prepare_pictures(recipe: Recipe, cache_folder: Path, say: Callable[[str], No
             return []
         say(f"asking the base for {len(plain)} pictures without the trigger, to keep them as they are")
         pipe = models.pipeline(folder, transformer)
+        found, count = [], together(recipe)
         with space.folded(torch.zeros(space.layout.size, device=device)):
-            found = [answers(pipe, [text[prompt] for prompt in plain], text[""], seed=recipe.seed, width=width,
-                             height=height, steps=recipe.preview_steps, guidance=recipe.guidance)
-                     for width, height in dict.fromkeys(bucket for _, bucket in placed)]  # fmt: skip
-        return [example for examples in found for example in examples]
+            for width, height in dict.fromkeys(bucket for _, bucket in placed):
+                for i in range(0, len(plain), count):
+                    found += answers(pipe, [text[prompt] for prompt in plain[i : i + count]], text[""],
+                                     seed=recipe.seed + i, width=width, height=height, steps=recipe.preview_steps,
+                                     guidance=recipe.guidance)  # fmt: skip
+        return found
 
     task = Diffusion(
         transformer,
@@ -465,7 +473,7 @@ def language_model(
     space that is tuned of it; the recipe comes back with what was derived."""
     device = pick_device(recipe.device)
     dtype = pick_dtype(recipe.dtype, device)
-    work = plan.Work(recipe.batch_size, longest, depth=recipe.depth, dtype=dtype)
+    work = plan.Work.of(recipe, longest, None, dtype)
     recipe, placement = place(recipe, folder, work, device, cache_folder, notes)
     say(f"loading {models.describe(recipe.model).title} in {recipe.quantization}")
     model = models.load_language_model(
@@ -525,29 +533,26 @@ def place(
     recipe: Recipe, part: Path, work: plan.Work, device: torch.device, cache_folder: Path, notes: list[str]
 ) -> tuple[Recipe, models.Placement]:
     """Where the blocks of the model in `part` go, by the recipe's `memory` and `offload`; what was derived is in the
-    recipe that comes back, and in the notes. Raises PlanError where nothing fits, RecipeError without gauss-newton."""
+    recipe that comes back, and in the notes. Raises PlanError where nothing fits, RecipeError for other formats."""
     if not recipe.memory:
         return recipe, streaming(recipe.offload, part, cache_folder)
-    if recipe.optimizer != "gauss-newton":
-        raise RecipeError(
-            f'memory is reckoned for optimizer "gauss-newton"; with "{recipe.optimizer}" set rows and offload instead'
-        )
     if recipe.quantization not in plan.KNOWN:
         raise RecipeError(
             f"memory is reckoned for {', '.join(plan.KNOWN)}, not for {recipe.quantization}; set rows and offload "
             "instead"
         )
     model = plan.skeleton(read_json(part / "config.json"), recipe.quantization, work.dtype)
-    work = dataclasses.replace(work, directions=directions_at(recipe.directions or DIRECTIONS, recipe.steps - 1))
-    memory = free(device) if recipe.memory == "auto" else plan.parse_memory(recipe.memory)
-    tier = recipe.offload
+    memory, tier = budget(recipe, device), recipe.offload
+    host = 0  # bytes of blocks that wait in memory, where the others are in files
     if tier == "auto":
-        tier = "cpu" if plan.sizes(model)[0] < psutil.virtual_memory().available else "disk"
-    made = plan.fitting(model, work, memory, recipe.rows, tier)
+        host = int(0.8 * psutil.virtual_memory().available)
+        tier = "cpu" if plan.sizes(model)[0] < host else "disk"
+    made = plan.fitting(model, work, memory, recipe.rows, tier, host=host)
+    made = plan.phased(made, model, work, plan.beside(part), recipe, memory)
     notes.append(f"planned for {memory / 1e9:.2f} GB: {made.said()}")
     recipe = dataclasses.replace(recipe, rows=made.rows, offload=made.tier)
     store = cache_folder / "blocks" if made.tier == "disk" else None
-    return recipe, models.Placement(made.away, made.slots, store, made.ends > 0)
+    return recipe, models.Placement(made.away, made.slots, store, made.ends > 0, held=made.held)
 
 
 def streaming(offload: str, part: Path, cache_folder: Path) -> models.Placement:
@@ -556,6 +561,13 @@ def streaming(offload: str, part: Path, cache_folder: Path) -> models.Placement:
         return models.RESIDENT
     blocks = len(plan.block_names(plan.skeleton(read_json(part / "config.json"))))
     return models.Placement(blocks, plan.SLOTS, cache_folder / "blocks" if offload == "disk" else None, ends=True)
+
+
+def budget(recipe: Recipe, device: torch.device) -> int:
+    """Bytes of the device that the recipe leaves to a step; 0 where it does not say. Raises PlanError for no amount."""
+    if not recipe.memory:
+        return 0
+    return free(device) if recipe.memory == "auto" else plan.parse_memory(recipe.memory)
 
 
 def free(device: torch.device) -> int:
@@ -583,14 +595,14 @@ def prove_finite(model: torch.nn.Module, views: dict[str, ScaleView]) -> None:
             raise models.ModelError(f"the weights of {name} are not finite numbers; download the model again")
 
 
-def begun(examples: list[texts.Example], most: int = 4) -> list[Prompt]:
+def begun(examples: list[texts.Example], most: int = plan.PROMPTS) -> list[Prompt]:
     """Preview prompts: conversations up to their last answer, or the beginnings of plain texts."""
     first_third = lambda text: " ".join((words := text.split())[: max(1, len(words) // 3)])  # noqa: E731
     found = (e.messages[:-1] if e.messages else (Message("user", first_third(e.text)),) for e in examples)
     return list(dict.fromkeys(prompt for prompt in found if prompt))[:most]
 
 
-def plain_prompts(captions: list[str], trigger: str, most: int = 8) -> list[str]:
+def plain_prompts(captions: list[str], trigger: str, most: int = plan.KEPT) -> list[str]:
     """Captions without the trigger, spread evenly over the set: what the base shall go on drawing as it does."""
     if not trigger:
         return []
@@ -601,7 +613,7 @@ def plain_prompts(captions: list[str], trigger: str, most: int = 8) -> list[str]
 
 def preview_prompts(train: list[str], held_out: list[str]) -> list[str]:
     """Four prompts: captions that were held out first, then captions of the training set."""
-    return list(dict.fromkeys([*held_out[:2], *train]))[:4]
+    return list(dict.fromkeys([*held_out[:2], *train]))[: plan.PROMPTS]
 
 
 class Training:
