@@ -273,6 +273,16 @@ def clients(seconds: float, count: int = 50) -> dict:
     }
 
 
+def sizes(folder: Path) -> dict[Path, int]:
+    """Bytes of every file below a folder; those on their way to another name may be gone by then."""
+    found = {}
+    for file in folder.rglob("*"):
+        with suppress(FileNotFoundError):
+            if file.is_file():
+                found[file] = file.stat().st_size
+    return found
+
+
 def soak(minutes: float) -> dict:
     """A run with its page open for so long: is all of it as flat in the last quarter as in the second one?"""
     samples = []
@@ -282,13 +292,13 @@ def soak(minutes: float) -> dict:
         while time.monotonic() < end:
             time.sleep(SAMPLE)
             step, now = place.steps(), time.monotonic()
-            files = [f for f in place.run.parent.rglob("*") if f.is_file()]
+            files = sizes(place.run.parent)
             samples.append(
                 {
                     "memory of the page": place.page.memory_info().rss,
                     "memory of the run": training.memory_info().rss,
                     "open files": place.page.num_fds() + training.num_fds(),
-                    "disk": sum(f.stat().st_size for f in files),
+                    "disk": sum(files.values()),
                     "checkpoints": sum("checkpoints" in f.parts for f in files),
                     "step": step,
                     "step time": (now - last_time) / max(1, step - last_step),
