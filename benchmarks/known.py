@@ -184,6 +184,7 @@ def plot(found: dict[str, dict]) -> None:
             shares = np.array([[loss / c[0][1] for _, loss in c[:shortest]] for c in by_seed.values()])
             forwards = np.mean([[forwards for forwards, _ in c[:shortest]] for c in by_seed.values()], 0)
             axes.semilogy(forwards, shares.mean(0), label=name, lw=2.5 if name == OURS else 1.5)
+        axes.set_ylim(1e-3, 1.5)  # first order goes on far below
         axes.set_title(f"condition {int(condition):,}")
         axes.set_xlabel(f"forwards of {PICTURES}")
         axes.spines[["top", "right"]].set_visible(False)
