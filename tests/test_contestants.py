@@ -11,7 +11,9 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 
 import contestants
 import learning
+import tasks
 
+from zo_engine import train
 from zo_engine.probes import GroupSpace
 
 model, recipe, studio = test_text_train.model, test_text_train.recipe, test_text_train.studio
@@ -68,3 +70,15 @@ def test_targets_are_read_from_the_curves():
     assert found["worst of the seeds"]["share"] == pytest.approx(0.8 / 0.9) and not found["worst of the seeds"]["holds"]
     alone = learning.targets({"ours": {"0": quick}, learning.PAPER: {"0": paper}, learning.LONG: {"0": adam}})
     assert alone["a tenth"]["holds"] and alone["share of the gap"]["holds"] and "worst of the seeds" not in alone
+
+
+def test_the_damage_is_undone_by_the_answer_that_is_known(recipe, tmp_path):
+    hurt = train.prepare(recipe, tmp_path)
+    before = losses(hurt)
+    answer = -tasks.damage(hurt.model, hurt.space.views, 3, recipe.quantization)
+    assert losses(hurt).mean() > 1.05 * before.mean()
+    hurt = hurt.changed()
+    with hurt.space.folded(answer):
+        torch.testing.assert_close(losses(hurt), before, rtol=1e-4, atol=1e-4)
+    spread = answer.std().item()
+    assert 0.9 * tasks.DAMAGE < spread < 1.1 * tasks.DAMAGE
