@@ -16,7 +16,7 @@ from app.figures import size
 from app.jobs import Jobs
 from zo_engine import dataset, doctor
 from zo_engine.hub import arrived, find, repository
-from zo_engine.recipe import DIRECTIONS, Recipe, RecipeError, directions_at
+from zo_engine.recipe import DIRECTIONS, Recipe, RecipeError, budgeted, directions_at
 from zo_engine.run import Run, RunError
 
 LOOKED_AT = 40  # of the newest runs
@@ -81,6 +81,7 @@ def estimate(
 ) -> Estimate:
     """What a run with these settings will need; `machine` is the doctor's report, `each` is the pixels of one picture
     or the tokens of the longest text, 0 while that is not known, `planned` what `qzo plan` says, where it was asked."""
+    settings = budgeted(settings)
     work = settings.batch_size * each
     found = [m for name in jobs.names()[:LOOKED_AT] if (m := measured(Run(jobs.runs / name), settings))]
     like = next((m for m in found if m.work == work), found[0] if found else None)

@@ -253,6 +253,8 @@ def card(standing: Standing, run: Run, steps: int, unit: str = "pictures", accur
     says = standing.message
     if standing.state == "running" and not says:
         says = now(status, unit)
+    if standing.state == "done" and done < steps and status.get("flat"):
+        says = f"Ended before all {steps:,} steps, as the recipe allows: {status['flat']}."
     message = f'<p class="message">{escape(says)}</p>' if says else ""
     return f"""
 <section class="qzo-card qzo-run" aria-label="Run {escape(standing.name)}">

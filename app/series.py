@@ -144,6 +144,8 @@ class Series:
             back = (
                 f" The best was step {best['step']}, and that is what is kept." if best["loss"] < last["loss"] else ""
             )
+            if flat := last.get("flat"):
+                return "good", f"Converged: {share:.1%} below the start, and {flat}.{back}"
             return "good", f"Improving: {share:.1%} below the start after {after}, clearly more than chance.{back}"
         if change > 2 * error:
             return "bad", f"Worse than the start by {share:.1%}. The best step ({best['step']}) is what is kept."

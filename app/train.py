@@ -9,7 +9,7 @@ from typing import Any
 import gradio as gr
 
 from app import figures, form, planned
-from app.drafts import Draft, DraftError, learns, pictures_every, title
+from app.drafts import Draft, DraftError, learns, title
 from app.estimate import Estimate, estimate, free_memory, pixels_of
 from app.jobs import Standing
 from app.place import Place
@@ -22,7 +22,7 @@ from zo_engine import recipe as recipes
 from zo_engine.hub import MODELS
 from zo_engine.run import Run
 
-LENGTHS = [("Quick, 12 steps", 12), ("Normal, 36 steps", 36), ("Thorough, 80 steps", 80)]
+BUDGETS = [(name.capitalize(), name) for name in recipes.BUDGETS]
 ELSEWHERE = (  # not among the dials
     *("images", "trigger", "model"),
     *("texts", "text_columns", "skip_bad", "length", "completions_only"),
@@ -30,7 +30,7 @@ ELSEWHERE = (  # not among the dials
 OF_TEXTS = ("answer_tokens", "temperature", "task", "reward")
 OF_PICTURES = ("resolution", "caption", "caption_dropout", "prior", "sigma_mean", "sigma_std", "shift", "preview_steps",
                "guidance")  # fmt: skip
-DIALS = ("steps", "resolution", "prompts")
+DIALS = ("budget", "steps", "resolution", "prompts")
 ADVANCED = tuple(name for name in form.FIELDS if name not in ELSEWHERE + DIALS)
 SAY_WHICH_STEP = """
 element.addEventListener('click', (e) => {
@@ -62,9 +62,9 @@ class Training:
                     plan = gr.HTML()
                     start = gr.Button("Train", variant="primary", size="lg", elem_id="train")
                 with gr.Column(scale=4, min_width=300):
-                    length = gr.Radio(LENGTHS, label="Length")
+                    self.fields["budget"] = gr.Radio(BUDGETS, label="Budget", interactive=False)
                     with gr.Row():
-                        self.fields["steps"] = form.component("steps", min_width=120, info="Or any number")
+                        self.fields["steps"] = form.component("steps", min_width=120, info="At a normal budget")
                         self.fields["resolution"] = form.component("resolution", min_width=220, scale=2)
                     self.fields["prompts"] = form.component("prompts", label="Preview prompts", lines=4, max_lines=8)
             advanced = gr.Accordion("Advanced", open=False)
@@ -106,7 +106,7 @@ class Training:
 
         self.form_order = list(self.fields)
         planning = gr.Timer(PLANNING, active=False)
-        about = [plan, start, length, same, planning]
+        about = [plan, start, same, planning]
         view = [filled, *about, *self.fields.values()]
         timer = gr.Timer(PERIOD)
         watched = [seen, wanted, live, chooser, card, preview, save, stop, resume, compare, why, charts, method, at,
@@ -116,11 +116,11 @@ class Training:
         gr.on([draft.change, known.change, tab.select], plainly(self.show), [draft, filled], view, **quiet)
         for name, field in self.fields.items():
             change = plainly(partial(self.change, name))
-            events = [field.input] if isinstance(field, gr.Dropdown | gr.Checkbox) else [field.blur, field.submit]
+            chosen = isinstance(field, gr.Dropdown | gr.Checkbox | gr.Radio)
+            events = [field.input] if chosen else [field.blur, field.submit]
             changed = gr.on(events, change, [draft, filled, field], [filled, *about, field], **quiet)
             changed.failure(lambda: {}, None, filled, **quiet)  # what was refused is put right at the next look
         planning.tick(plainly(self.planned), draft, about, trigger_mode="once", **quiet)
-        length.input(plainly(self.length), [draft, filled, length], view, **quiet)
         start.click(plainly(self.start), draft, run, api_visibility="private").success(None, js=LOOK_AT_THE_RUN)
         load.upload(plainly(self.load), [draft, filled, load], view, **quiet)
         preview.click(plainly(self.preview), run, None, **quiet)
@@ -144,7 +144,7 @@ class Training:
         somebody may be typing there. Without a draft there is nothing to type."""
         if not name:
             closed = [gr.update(interactive=False) for _ in self.form_order]
-            return [{}, self.plan(name), gr.Button(interactive=False), None, "", gr.Timer(active=False), *closed]
+            return [{}, self.plan(name), gr.Button(interactive=False), "", gr.Timer(active=False), *closed]
         settings = self.place.drafts.open(name).recipe()
         now = {n: form.shown(n, getattr(settings, n)) for n in self.form_order}
         hidden = OF_PICTURES if settings.texts else OF_TEXTS
@@ -157,16 +157,16 @@ class Training:
         return [now | {"": hidden}, *self.about(name), *fields]
 
     def about(self, name: str) -> list:
-        """What stands around the fields: the plan, the button, the length, the same in a terminal, and the clock that
-        waits for what a process still finds out."""
-        ready, steps = gr.Button(interactive=not self.obstacle(name)), self.place.drafts.open(name).recipe().steps
+        """What stands around the fields: the plan, the button, the same in a terminal, and the clock that waits for
+        what a process still finds out."""
+        ready = gr.Button(interactive=not self.obstacle(name))
         command, toml = self.texts(name)
         same = figures.listing("Command", command) + figures.listing("Recipe", toml, "recipe.toml")
-        return [self.plan(name), ready, pace(steps), same, gr.Timer(active=self.unknown(name))]
+        return [self.plan(name), ready, same, gr.Timer(active=self.unknown(name))]
 
     def planned(self, name: str) -> list:
         """What stands around the fields, once more is known."""
-        return [gr.skip()] * 5 if name not in self.place.drafts.names() or self.unknown(name) else self.about(name)
+        return [gr.skip()] * 4 if name not in self.place.drafts.names() or self.unknown(name) else self.about(name)
 
     def unknown(self, name: str) -> bool:
         """Whether a process still plans what a step of the draft will need."""
@@ -184,11 +184,6 @@ class Training:
         settings = self.place.drafts.open(name).change(**{field: form.given(field, value)})
         shown = form.shown(field, getattr(settings, field))
         return [filled | {field: shown}, *self.about(name), gr.skip() if shown == value else shown]
-
-    def length(self, name: str, filled: dict, steps: int) -> list:
-        """A length, with previews to match."""
-        self.place.drafts.open(name).change(steps=int(steps), preview_every=pictures_every(int(steps)))
-        return self.show(name, filled)
 
     def load(self, name: str, filled: dict, file: str) -> list:
         """The settings of a recipe, for the pictures that are here."""
@@ -259,7 +254,7 @@ class Training:
         needs = estimate(settings, work, self.place.jobs, self.place.machine(), found.facts if found else {})
         rows = [
             *taught,
-            ("length", f"{settings.steps:,} steps of {settings.batch_size} {unit}"),
+            ("length", f"{recipes.budgeted(settings).steps:,} steps of {settings.batch_size} {unit}"),
             ("time", time_needed(needs)),
             *memory_needed(needs, found),
             ("disk", disk_needed(needs)),
@@ -431,11 +426,6 @@ def pictured(run: Run) -> list[int]:
     """The steps of a run that have pictures or answers, the untrained model first."""
     names = {*(f.parent.name for f in run.previews.glob("*/00.png")), *(f.stem for f in run.previews.glob("*.json"))}
     return sorted(int(name) for name in names if name.isdigit())
-
-
-def pace(steps: int) -> int | None:
-    """The length that the radio shows for a number of steps, if it is one of them."""
-    return steps if steps in [value for _, value in LENGTHS] else None
 
 
 def reason(standing: Standing) -> str:

@@ -1,30 +1,28 @@
-"""(c) Held-out loss against forwards: our default, the published form (as published, and with its best step size
-found by a sweep), and first-order Adam on the same gains as the upper bound, for 240 steps and for as many pictures as
-ours sees. Several seeds; a table and a plot.
+"""(c) The arena: held-out loss against forwards, of our default and of what it has to be compared with, on one task;
+several seeds; a table, the targets, and a plot.
 
-    python benchmarks/learning.py [--task tarot | voice | sentiment | json] [--quantization nf4 | gptq | aqlm]
-                                  [--seeds 0 1 2] [--only ours ...] [--anew]
+    python benchmarks/learning.py [--task tarot | woodcut | voice | sentiment | json | repair]
+                                  [--quantization nf4 | gptq | aqlm] [--seeds 0 1 2] [--only ours LoRA ...] [--anew]
+    python benchmarks/learning.py --all        # no runs: the tables of every task so far, as results/arena.md
 
-A task is a folder of `styles`. Those of texts write learning-<task>-<quantization>.json and are run by ours and by
-first-order Adam with as many texts; GPTQ and AQLM copies of tiny-llm are made where they are missing. The step of least
-held-out loss is then tested: on 200 texts of `assets/world.py` that are neither learnt nor held out, with the accuracy
-where there are choices; where a reward, which has no gradient for Adam, is the aim: on 8 answers to each held-out
-prompt, sampled at temperature 1, and on the greedy one. What is said of pictures here holds for texts; passes in which
-answers are written are not counted. The file is written after every curve, and a curve that is in it is not made again,
-but with --anew.
+Contestants: ours; QZO's published form with the best of a sweep of step sizes, and as published; MeZO on plain
+weights, the best of a sweep; and with exact gradients, each with the best of a sweep of rates, Adam on the gains that
+ours moves (for many steps, and with as many pictures as ours sees), on every scale of every layer (PEQA), and peft's
+LoRA on the same quantised model. Beside each curve stand the processor's seconds, and the memory that a step needs,
+counted, with passes of 32 rows.
 
-A forward is one pass of 32 pictures through the whole model; line searches and tried dampings count. Where only the
-last blocks are tuned, a step counts the blocks that it runs: those before them once, the tuned ones for every probe,
-and the output layers as a quarter of a block (measured: 20 ms of 395). A first-order step counts three: one forward,
-and a backward that costs about two.
+A task is a folder of `styles`, or `repair`: tiny-llm, whose scales were multiplied row by row by known log-normal
+numbers, is to answer its own conversations again; its loss before the damage is the known optimum. Results go to
+learning-<task>.json (tarot: learning.json), those of texts to learning-<task>-<quantization>.json; GPTQ and AQLM
+copies of tiny-llm are made where they are missing. Where a reward, which has no gradient, is the aim, ours runs alone.
+The step of least held-out loss is tested on what was neither learnt nor held out, and on the base's own texts
+(`tasks.Judge`); passes in which answers are written are not counted. What a forward is: see `contestants`. The file is
+written after every curve, and a curve that is in it is not made again, but with --anew.
 """
 
 import argparse
 import dataclasses
 import json
-import os
-import shutil
-import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -32,145 +30,94 @@ from pathlib import Path
 import matplotlib.figure
 import numpy as np
 import torch
-from common import CHECKOUT, RESULTS, circumstances, save
-from world import example_set
-
-from assets import pack
-from zo_engine import models
-from zo_engine import recipe as recipes
-from zo_engine.blocks import levels
-from zo_engine.newton import GaussNewton
-from zo_engine.recipe import Recipe
-from zo_engine.run import Run
-from zo_engine.tasks.reward import Rewarded
-from zo_engine.train import Studio, Training, measured, prepare
-
-PICTURES = 32  # of one forward, and of one step of the published form and of first order
-PUBLISHED = {
-    "batch_size": PICTURES,
-    "space": "absolute",
-    "depth": 1.0,
-    "noise": "gaussian",
-    "eps": 1e-3,
-    "clip": 100.0,
-    "optimizer": "sgd",
-    "decay": 0.0,
-}
-STEP_SIZES = (3e-4, 1e-3, 3e-3, 1e-2)  # of the sweep; the published one is 1e-6
-RATES = (3e-2, 1e-1, 2e-1)  # of first-order Adam's sweep
-CONTESTANTS = (
-    "ours",
-    "published form, best step size",
-    "published settings",
-    "first order",
-    "first order, as many pictures",
+from common import RESULTS, circumstances, save
+from contestants import (
+    MEZO,
+    PICTURES,
+    PUBLISHED,
+    Curve,
+    Found,
+    first_order,
+    gains,
+    lora,
+    memory_of_first_order,
+    memory_of_inference,
+    memory_of_zeroth,
+    scales,
+    zeroth,
 )
-CACHE = CHECKOUT / "runs" / ".cache"
-TESTED = 200  # texts of a test
-ANSWERS = 8  # sampled to each held-out prompt, in the test of a reward
+from tasks import NAMES, Task, judge, recipe_of, task_of
 
-Curve = list[tuple[float, ...]]  # (forwards, held-out loss), and the accuracy or the greedy reward where there is one
+from zo_engine.recipe import Recipe
+from zo_engine.run import write_atomic
+from zo_engine.train import Studio
 
-
-def zeroth(studio: Studio, recipe: Recipe, every: int) -> tuple[Curve, torch.Tensor]:
-    """Train as the recipe says and note the held-out loss every `every` steps; theta of the least one."""
-    with tempfile.TemporaryDirectory() as folder:
-        run = Run.create(Path(folder) / "run", recipe)
-        studio = studio.changed(**vars(recipe))
-        training = Training(run, studio)
-        forwards, curve = 0.0, []
-        for step in range(recipe.steps + 1):
-            if step % every == 0 or step == recipe.steps:
-                training.evaluate()
-                figures = run.evaluations()[-1]
-                loss = training.held_out if training.held_out is not None else float("nan")
-                curve.append((forwards, loss, *(figures[n] for n in ("accuracy", "reward") if n in figures)))
-                if curve[-1][1] != curve[-1][1] or curve[-1][1] > 3 * curve[0][1]:
-                    break  # it explodes
-            if step < recipe.steps:
-                forwards += price(studio, training)
-        return curve, training.theta_at(training.best[1])
+STEP_SIZES = (1e-3, 3e-3, 1e-2, 3e-2)  # of the sweep; the published one is 1e-6
+MEZO_SIZES = (1e-5, 1e-4, 1e-3)  # its authors': 1e-7 to 1e-6, on models a thousand times as large
+RATES = (3e-2, 1e-1, 2e-1)  # of first-order Adam's sweep: of logarithms of gains
+SCALE_RATES = (1e-2, 3e-2, 1e-1)  # of scales
+LORA_RATES = (1e-3, 3e-3, 1e-2)
+OURS, PAPER, AS_PUBLISHED, MEZO_BEST = "ours", "published form, best step size", "published settings", "MeZO"
+LONG, FEW, PEQA, LORA = "first order", "first order, as many pictures", "PEQA", "LoRA"
+CONTESTANTS = (OURS, PAPER, AS_PUBLISHED, MEZO_BEST, LONG, FEW, PEQA, LORA)
+TENTH, SHARE, WITHIN, NEAR = 0.1, 0.85, 4000, 0.05  # what ours is asked for: see `targets`
 
 
-def price(studio: Studio, training: Training) -> float:
-    """Make a step; the forwards that it took."""
-    recipe, method = studio.recipe, training.method
-    found = levels(studio.space.views, recipe.depth)
-    blocks = len(studio.model.get_submodule(found[0].blocks)) if found[0].blocks else 0  # without: all in one level
-    shares = [(blocks - level.first + 0.25) / (blocks + 0.25) for level in found]
-    if isinstance(method, GaussNewton):
-        rows = [count + 1 for count in method.counts(method.step)]
-        rows[-1] += (len(studio.task.tries) + 1) * len(studio.task.trial(0, recipe.batch_size)) / recipe.batch_size
-        training.step()
-        each = sum(share * count + (1 - share) for share, count in zip(shares, rows, strict=True))
-        return each * recipe.batch_size / PICTURES
-    directions = method.per_step / (recipe.batch_size if recipe.space == "gain" else 1)
-    probes = 2 * directions + (3 if training.step().search else 0)
-    return (1 - shares[-1] + shares[-1] * probes) * recipe.batch_size / PICTURES
+class Contest:
+    """One task with one seed, and everybody who can run on it. Sweeps are made once, with the first seed, and the best
+    of their runs is that seed's curve."""
 
+    def __init__(self, task: Task, chosen: dict[str, float], published_steps: int, adam_steps: int, few: int):
+        self.task, self.studio, self.recipe, self.chosen = task, task.studio, task.recipe, chosen
+        self.published_steps, self.adam_steps, self.few = published_steps, adam_steps, few
 
-def first_order(studio: Studio, recipe: Recipe, rate: float, every: int) -> tuple[Curve, torch.Tensor]:
-    """Adam with exact gradients on the same theta; theta of the least held-out loss."""
-    space, task = studio.space, studio.task
-    theta = torch.zeros(space.layout.size, requires_grad=True)
-    adam = torch.optim.Adam([theta], lr=rate)
-    items = task.evaluation(recipe.evaluate_items)
-    curve, least = [], theta.detach()
-    for step in range(recipe.steps + 1):
-        if step % every == 0 or step == recipe.steps:
-            with torch.no_grad(), space.folded(theta.detach()):
-                loss = torch.cat([task.losses(b) for b in items]).mean().item()
-                curve.append((3 * step, loss, *task.figures().values()))
-            if loss <= min(point[1] for point in curve):
-                least = theta.detach().clone()
-        if step < recipe.steps:
-            for group in adam.param_groups:
-                group["lr"] = rate * min(1.0, (recipe.steps - step) / (0.2 * recipe.steps))
-            adam.zero_grad()
-            with space.dressed(theta):
-                task.losses(task.batch(step, PICTURES)).mean().backward()
-            adam.step()
-    return curve, least
+    def run(self, contestant: str) -> tuple[Found, Studio]:
+        """What came of a contestant, and the studio whose model it is about."""
+        studio = self.task.plain() if contestant == MEZO_BEST else self.studio
+        return {
+            OURS: lambda: zeroth(studio, self.recipe, 1),
+            PAPER: lambda: self._slopes(studio, PAPER, PUBLISHED, STEP_SIZES),
+            AS_PUBLISHED: lambda: zeroth(studio, self._of(PUBLISHED, 1e-6, self.published_steps // 5), 20),
+            MEZO_BEST: lambda: self._slopes(studio, MEZO_BEST, MEZO, MEZO_SIZES),
+            LONG: lambda: self._adam(LONG, gains, RATES, self.adam_steps),
+            FEW: lambda: self._adam(FEW, gains, RATES, self.few),
+            PEQA: lambda: self._adam(PEQA, scales, SCALE_RATES, self.adam_steps),
+            LORA: lambda: self._adam(LORA, lora, LORA_RATES, self.adam_steps),
+        }[contestant](), studio
 
+    def memory(self, contestant: str) -> float | None:
+        """The bytes of a contestant's step, in those of inference; None where it is another's."""
+        made = {
+            OURS: lambda: memory_of_zeroth(self.studio, self.recipe),
+            PAPER: lambda: memory_of_zeroth(self.studio, self._of(PUBLISHED, 1e-3, 1)),
+            LONG: lambda: memory_of_first_order(self.studio, gains(self.studio)),
+            PEQA: lambda: memory_of_first_order(self.studio, scales(self.studio)),
+            LORA: lambda: memory_of_first_order(self.studio, lora(self.studio)),
+        }.get(contestant)
+        return made() / memory_of_inference(self.studio) if made and not self.recipe.reward else None
 
-def copy_of(recipe: Recipe, quantization: str) -> Recipe:
-    """The recipe on the same model in another format; what must come packed is packed here, once."""
-    made = {"gptq": pack.gptq, "aqlm": pack.aqlm}.get(quantization)
-    if not made:
-        return dataclasses.replace(recipe, quantization=quantization)
-    folder = CACHE / "packed" / f"{recipe.model}-{quantization}"
-    if not folder.exists():
-        work = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
-        shutil.rmtree(work, ignore_errors=True)
-        made(models.locate(recipe.model), work)
-        work.rename(folder)
-    return dataclasses.replace(recipe, model=str(folder), quantization=quantization)
+    def _of(self, settings: dict, step_size: float, steps: int) -> Recipe:
+        return dataclasses.replace(self.recipe, **settings, step_size=step_size, steps=steps)
 
+    def _slopes(self, studio: Studio, name: str, settings: dict, sizes: tuple[float, ...]) -> Found:
+        short = lambda size: zeroth(studio, self._of(settings, size, self.published_steps // 5), 20)  # noqa: E731
+        size, _ = self._swept(name, sizes, short)
+        return zeroth(studio, self._of(settings, size, self.published_steps), 20)
 
-def unseen(task: str, recipe: Recipe) -> Studio:
-    """The recipe's model with texts that are not in its file, all of them held out. The set's file has the first rows
-    that its maker gives, so the next ones are others."""
-    file = CACHE / f"{task}-test.jsonl"
-    seen = Path(recipe.texts).read_text().splitlines()
-    rows = [json.dumps(row) for row in example_set(task, len(seen) + TESTED)]
-    assert rows[: len(seen)] == seen, f"{recipe.texts} is not what assets/world.py makes; the test would not be unseen"
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text("".join(f"{row}\n" for row in rows[len(seen) :]))
-    return prepare(dataclasses.replace(recipe, texts=str(file), holdout=0.0, evaluate_items=TESTED), CACHE)
+    def _adam(self, name: str, what: Callable, rates: tuple[float, ...], steps: int) -> Found:
+        recipe = dataclasses.replace(self.recipe, steps=steps)
+        run = lambda rate: first_order(self.studio, recipe, what(self.studio), rate, 4)  # noqa: E731
+        rate, found = self._swept(name, rates, run)
+        return found or run(rate)
 
-
-def tested(studio: Studio, theta: torch.Tensor) -> dict[str, float]:
-    """The figures of a theta: of `unseen` texts, or of answers to held-out prompts that a reward judges."""
-    if not isinstance(studio.task, Rewarded):
-        losses, figures = measured(studio, theta, 64)
-        return {"loss": float(np.mean(losses)), **figures}
-    task = studio.task
-    prompts = list(range(task.trained, len(task.prompts)))
-    asked = [task._asked(prompts, [(i << 32) + n for n in prompts]) for i in range(ANSWERS)]
-    with torch.no_grad(), studio.space.folded(theta):
-        sampled = [r for part in asked for r in task._rewards(part, task._written(part))]
-        greedy = task._rewards(asked[0], task._written(asked[0], sampled=False))
-    return {"sampled": float(np.mean(sampled)), "greedy": float(np.mean(greedy)), "prompts": len(prompts)}
+    def _swept(self, name: str, settings: tuple, run: Callable[[float], Found]) -> tuple[float, Found | None]:
+        """The best setting, and its run if it was made now."""
+        if name in self.chosen:
+            return self.chosen[name], None
+        found = {setting: run(setting) for setting in settings}
+        self.chosen[name] = best({setting: f.curve for setting, f in found.items()})
+        print(name, {setting: f.curve[-1] for setting, f in found.items()}, flush=True)
+        return self.chosen[name], found[self.chosen[name]]
 
 
 def forwards_to(curve: Curve, loss: float) -> float | None:
@@ -182,36 +129,43 @@ def forwards_to(curve: Curve, loss: float) -> float | None:
 
 
 def best(curves: dict[float, Curve]) -> float:
-    """The setting whose curve ends lowest, without having exploded."""
-    ends = {key: curve[-1][1] for key, curve in curves.items() if np.isfinite(curve[-1][1])}
+    """The setting whose curve comes lowest, without having exploded."""
+    ends = {k: min(p[1] for p in c) for k, c in curves.items() if np.isfinite(c[-1][1]) and c[-1][1] <= 2 * c[0][1]}
     return min(ends, key=ends.get)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--task", default="tarot", help="a folder of styles/ with a recipe")
+    parser.add_argument("--task", default="tarot", choices=NAMES)
     parser.add_argument("--quantization", choices=("nf4", "gptq", "aqlm"), help="if not the recipe's")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--only", nargs="+", choices=CONTESTANTS, help="if not all that fit the task")
     parser.add_argument("--anew", action="store_true", help="make curves again that are in the result file")
     parser.add_argument("--published-steps", type=int, default=720)
-    parser.add_argument("--adam-steps", type=int, default=240)
+    parser.add_argument("--adam-steps", type=int, help="240 with pictures, 60 with texts, if not given")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--all", action="store_true", help="make no runs, but the tables of every task so far")
     given = parser.parse_args()
+    if given.all:
+        print(write_all())
+        return
     torch.set_num_threads(given.threads)
-    recipe = recipes.load(CHECKOUT / "styles" / given.task / "recipe.toml")
-    recipe = copy_of(recipe, given.quantization or recipe.quantization)
-    name = f"learning-{given.task}-{recipe.quantization}" if recipe.texts else "learning"
-    texts = (CONTESTANTS[0],) if recipe.reward else (CONTESTANTS[0], CONTESTANTS[-1])
-    contestants = given.only or (texts if recipe.texts else CONTESTANTS)
+    recipe = recipe_of(given.task, given.quantization)
+    name = "learning" if given.task == "tarot" else f"learning-{given.task}"
+    name += f"-{recipe.quantization}" if recipe.texts else ""
+    contestants = given.only or ((OURS,) if recipe.reward else CONTESTANTS)
     file = RESULTS / f"{name}.json"
     before = json.loads(file.read_text()) if file.exists() else {}
     results: dict[str, dict[str, Curve]] = before.get("curves", {})
     tests: dict[str, dict[str, dict]] = before.get("tests", {})  # by contestant and seed
     chosen: dict[str, float] = before.get("chosen", {})
+    memory: dict[str, float] = before.get("memory", {})
     when = before.get("measured", dict.fromkeys(results, before.get("circumstances")))
+    chosen = {PAPER if setting == "published" else setting: value for setting, value in chosen.items()}
+    if given.anew:
+        chosen = {setting: value for setting, value in chosen.items() if setting not in contestants}
     pictures = (recipe.steps + 1) * recipe.batch_size  # that our run sees; the last move is tried on a batch of its own
-    few = -(-pictures // PICTURES)
+    steps = given.published_steps, given.adam_steps or (60 if recipe.texts else 240), -(-pictures // PICTURES)
     fresh = {} if given.anew else {c: set(curves) for c, curves in results.items()}
     for seed in given.seeds:
         wanted = [c for c in contestants if str(seed) not in fresh.get(c, ())]
@@ -219,98 +173,167 @@ def main() -> None:
             print(seed, "is in", file, flush=True)
             continue
         mine = dataclasses.replace(recipe, seed=seed)
-        studio = prepare(mine, CACHE)
-        paper = dataclasses.replace(mine, **PUBLISHED)
-        short = dataclasses.replace(paper, steps=given.published_steps // 5)
-        judge = None
-        if recipe.texts:
-            judge = studio if recipe.reward else unseen(given.task, mine)
-            tests.setdefault("start", {})[str(seed)] = tested(judge, torch.zeros(studio.space.layout.size))
-
-        def swept(name: str, settings: tuple, run: Callable[[float], tuple[Curve, torch.Tensor]]) -> float:
-            """The best setting, found with the first seed."""
-            if name not in chosen or (given.anew and seed == given.seeds[0]):  # noqa: B023
-                curves = {setting: run(setting)[0] for setting in settings}
-                chosen[name] = best(curves)
-                print(name, {setting: curve[-1] for setting, curve in curves.items()}, flush=True)
-            return chosen[name]
-
-        def adam(name: str, steps: int) -> tuple[Curve, torch.Tensor]:
-            run = lambda rate: first_order(studio, dataclasses.replace(mine, steps=steps), rate, 4)  # noqa: B023, E731
-            return run(swept(name, RATES, run))
-
-        def published() -> tuple[Curve, torch.Tensor]:
-            run = lambda size: zeroth(studio, dataclasses.replace(short, step_size=size), 20)  # noqa: B023, E731
-            long = dataclasses.replace(paper, steps=given.published_steps)  # noqa: B023
-            return zeroth(studio, dataclasses.replace(long, step_size=swept("published", STEP_SIZES, run)), 20)  # noqa: B023
-
-        contest = {
-            "ours": lambda: zeroth(studio, mine, 1),  # noqa: B023
-            "published form, best step size": published,
-            "published settings": lambda: zeroth(studio, dataclasses.replace(short, step_size=1e-6), 20),  # noqa: B023
-            "first order": lambda: adam("first order", given.adam_steps),
-            "first order, as many pictures": lambda: adam("first order, as many pictures", few),
-        }
+        task = task_of(given.task, mine)
+        contest, judged = Contest(task, chosen, *steps), judge(given.task, mine, task.studio)
+        if judged:
+            nothing = torch.zeros(task.studio.space.layout.size)
+            tests.setdefault("start", {})[str(seed)] = judged(task.studio, lambda: task.studio.space.folded(nothing))  # noqa: B023
         for contestant in wanted:
             began = time.process_time()
-            curve, theta = contest[contestant]()
-            results.setdefault(contestant, {})[str(seed)] = curve
-            found = {"processor seconds": time.process_time() - began} | (tested(judge, theta) if judge else {})
-            tests.setdefault(contestant, {})[str(seed)] = found
+            found, studio = contest.run(contestant)
+            results.setdefault(contestant, {})[str(seed)] = found.curve
+            facts = {"processor seconds": time.process_time() - began} | found.facts
+            facts |= judged(studio, found.put) if judged else {}
+            if task.answer is not None:
+                facts["optimum"] = task.optimum
+                if found.theta is not None:
+                    facts["correlation with the answer"] = np.corrcoef(found.theta, task.answer)[0, 1]
+            if contestant not in memory and (ratio := contest.memory(contestant)):
+                memory[contestant] = ratio
+            tests.setdefault(contestant, {})[str(seed)] = facts
             when[contestant] = circumstances()
-            print(seed, contestant, curve[-1], found, flush=True)
-            figures = {"measured": when, "recipe": recipe.public(), "chosen": chosen}
-            save(name, figures | {"table": summary(results, tests), "tests": tests, "curves": results})
+            print(seed, contestant, found.curve[-1], facts, flush=True)
+            figures = {"measured": when, "recipe": recipe.public(), "chosen": chosen, "memory": memory}
+            table, asked = summary(results, tests), targets(results)
+            save(name, figures | {"targets": asked, "table": table, "tests": tests, "curves": results})
     print(file)
-    print(json.dumps(summary(results, tests), indent=1))
-    plot(results, RESULTS / f"{name}.png")
+    plot(results, RESULTS / f"{name}.png", tests)
+
+
+def lowest(curve: Curve, within: float = np.inf) -> float:
+    """The least held-out loss of a curve, in so many forwards."""
+    return min(point[1] for point in curve if point[0] <= within)
+
+
+def targets(results: dict[str, dict[str, Curve]]) -> dict:
+    """What ours is asked for, by seed where it is known, and whether it holds:
+
+    "a tenth": forwards to the loss that the published form with its best step size has at its budget's end, as a share
+    of that budget; at most TENTH. "share of the gap": of the fall from the base to first-order Adam on the same gains,
+    however long it takes, the part made WITHIN so many forwards; at least SHARE. "worst of the seeds": the least of
+    these shares in the largest; at least 1 - NEAR.
+    """
+    found: dict[str, dict] = {}
+    ours = results.get(OURS, {})
+    tenth = {}
+    for seed in sorted(ours.keys() & results.get(PAPER, {}).keys()):
+        paper = results[PAPER][seed]
+        needed = forwards_to(ours[seed], lowest(paper))
+        tenth[seed] = None if needed is None else needed / paper[-1][0]
+    if tenth:
+        holds = all(share is not None and share <= TENTH for share in tenth.values())
+        found["a tenth"] = {"seeds": tenth, "holds": holds}
+    shares = {}
+    for seed in sorted(ours.keys() & results.get(LONG, {}).keys()):
+        start = ours[seed][0][1]
+        shares[seed] = (start - lowest(ours[seed], WITHIN)) / (start - lowest(results[LONG][seed]))
+    if shares:
+        found["share of the gap"] = {"seeds": shares, "holds": min(shares.values()) >= SHARE}
+    if len(shares) > 1:
+        worst = min(shares.values()) / max(shares.values())
+        found["worst of the seeds"] = {"share": worst, "holds": worst >= 1 - NEAR}
+    return found
 
 
 def summary(results: dict[str, dict[str, Curve]], tests: dict[str, dict[str, dict]]) -> dict:
-    """For every seed: start, ends, our share of the first-order falls, and forwards to the published form's best; and
-    the same of the tests."""
+    """For every seed: the start, the least loss of everybody, our share of the first-order falls, and forwards to each
+    other's losses; and the same of the tests."""
     table = {}
-    for seed, ours in results.get("ours", {}).items():
+    for seed, ours in results.get(OURS, {}).items():
         kept = {n: min(curves[seed], key=lambda point: point[1]) for n, curves in results.items() if seed in curves}
         ends = {name: point[1] for name, point in kept.items()}
         start = ours[0][1]
         table[seed] = {"start": start, **ends, "our forwards": ours[-1][0]}
-        for name in ends.keys() & {"first order", "first order, as many pictures"}:
-            table[seed][f"share of the fall of {name}"] = (start - ends["ours"]) / (start - ends[name])
-        if paper := results.get("published form, best step size", {}).get(seed):
+        for name in (n for n in (LONG, FEW, PEQA, LORA) if n in ends):
+            table[seed][f"share of the fall of {name}"] = (start - ends[OURS]) / (start - ends[name])
+        if paper := results.get(PAPER, {}).get(seed):
             table[seed] |= {
                 "published form's forwards": paper[-1][0],
-                "our forwards to the best loss of the published form": forwards_to(ours, min(p[1] for p in paper)),
-                "forwards of the published form to our loss": forwards_to(paper, ends["ours"]),
+                "our forwards to the best loss of the published form": forwards_to(ours, lowest(paper)),
+                "forwards of the published form to our loss": forwards_to(paper, ends[OURS]),
             }
         if len(ours[0]) > 2:
-            table[seed]["accuracy"] = {"start": ours[0][2]} | {name: point[2] for name, point in kept.items()}
+            table[seed]["accuracy"] = {"start": ours[0][2]} | {n: p[2] for n, p in kept.items() if len(p) > 2}
         found = {name: by_seed[seed] for name, by_seed in tests.items() if seed in by_seed}
         if "start" in found:
             table[seed]["test"] = found
         losses = {name: figures["loss"] for name, figures in found.items() if "loss" in figures}
-        if losses.keys() >= {"start", "ours", "first order, as many pictures"}:
-            fall = losses["start"] - losses["first order, as many pictures"]
-            table[seed]["test"]["share of the fall"] = (losses["start"] - losses["ours"]) / fall
+        if losses.keys() >= {"start", OURS, FEW}:
+            table[seed]["test"]["share of the fall"] = (losses["start"] - losses[OURS]) / (
+                losses["start"] - losses[FEW]
+            )
     return table
 
 
-def plot(results: dict[str, dict[int, Curve]], path: Path) -> None:
-    """Mean over the seeds, and the range as a band."""
+def plot(results: dict[str, dict[str, Curve]], path: Path, tests: dict[str, dict[str, dict]]) -> None:
+    """Mean over the seeds, and the range as a band; the known optimum as a dashed line."""
     figure = matplotlib.figure.Figure(figsize=(9, 5), dpi=120, layout="constrained")
     axes = figure.subplots()
-    for name, curves in results.items():
+    for name in (name for name in CONTESTANTS if name in results):
+        curves = results[name]
         shortest = min(len(curve) for curve in curves.values())
         values = np.array([[point[1] for point in curve[:shortest]] for curve in curves.values()])
         forwards = [point[0] for point in next(iter(curves.values()))[:shortest]]
-        (line,) = axes.plot(forwards, values.mean(0), label=name)
-        axes.fill_between(forwards, values.min(0), values.max(0), color=line.get_color(), alpha=0.15, lw=0)
-    axes.set_xlabel("forwards of one batch (log scale beyond 100)")
+        colour = f"C{CONTESTANTS.index(name)}"  # the same in every task
+        axes.plot(forwards, values.mean(0), label=name, color=colour, lw=2.5 if name == OURS else 1.5)
+        axes.fill_between(forwards, values.min(0), values.max(0), color=colour, alpha=0.15, lw=0)
+    optimum = [facts["optimum"] for facts in tests.get(OURS, {}).values() if "optimum" in facts]
+    if optimum:
+        axes.axhline(np.mean(optimum), color="0.5", ls="--", lw=1, label="before the damage")
+    axes.set_xlabel(f"forwards of {PICTURES} (log scale beyond 100)")
     axes.set_xscale("symlog", linthresh=100)
+    axes.set_xlim(left=0)
     axes.set_ylabel("held-out loss")
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
     figure.savefig(path)
+
+
+def write_all() -> Path:
+    """results/arena.md: of every task that was run, the losses, what they cost, and which targets hold."""
+    lines = ["# The arena", "", "Made by `python benchmarks/learning.py --all` from the result files beside it.", ""]
+    verdicts = ["| task | a tenth of the published form's passes | 85 % of the gap in 4,000 | seeds within 5 % |"]
+    verdicts.append("|---|---|---|---|")
+    for file in sorted(RESULTS.glob("learning*.json")):
+        found = json.loads(file.read_text())
+        curves, tests, memory = found["curves"], found["tests"], found.get("memory", {})
+        name = file.stem.removeprefix("learning-").replace("learning", "tarot")
+        verdicts.append(f"| {name} | " + " | ".join(said(targets(curves))) + " |")
+        lines += [f"## {name}", "", "| | seeds | passes | held-out loss | processor seconds | memory, inference = 1 "
+                  "| accuracy, unseen texts | perplexity of the base's paragraphs, chats |",
+                  "|---|---|---|---|---|---|---|---|"]  # fmt: skip
+        start = {seed: curve[0] for seed, curve in curves.get(OURS, {}).items()}
+        rows = {"start": {seed: [point] for seed, point in start.items()}} | {
+            n: curves[n] for n in CONTESTANTS if n in curves
+        }
+        for contestant, by_seed in rows.items():
+            facts = tests.get(contestant, {})
+            every = lambda key, form: ", ".join(form(f[key]) for s in by_seed if key in (f := facts.get(s, {})))  # noqa: B023, E731
+            losses = ", ".join(f"{lowest(curve):.3f}" for curve in by_seed.values())
+            lost = [every(f"perplexity of {kind}", "{:.2f}".format) for kind in ("paragraphs", "chats")]
+            ratio = f"{memory[contestant]:.2f}" if contestant in memory else ""
+            lines.append(
+                f"| {contestant} | {', '.join(by_seed)} | {max(c[-1][0] for c in by_seed.values()):,.0f} | {losses} | "
+                f"{every('processor seconds', '{:.0f}'.format)} | {ratio} | {every('accuracy', '{:.0%}'.format)} | "
+                f"{' / '.join(part for part in lost if part)} |"
+            )
+        lines.append("")
+    path = RESULTS / "arena.md"
+    write_atomic(path, "\n".join([*lines[:4], *verdicts, "", *lines[4:]]))
+    return path
+
+
+def said(asked: dict) -> list[str]:
+    """The targets of a task as cells of a table."""
+    cells = []
+    for name, form in (("a tenth", "1/{:.0f}"), ("share of the gap", "{:.0%}"), ("worst of the seeds", "{:.0%}")):
+        if name not in asked:
+            cells.append("not run")
+            continue
+        shares = asked[name].get("seeds", {"": asked[name].get("share")}).values()
+        values = ("never" if s is None else form.format(1 / max(s, 1e-9) if name == "a tenth" else s) for s in shares)
+        cells.append(f"{'yes' if asked[name]['holds'] else 'no'}: {', '.join(values)}")
+    return cells
 
 
 if __name__ == "__main__":

@@ -436,9 +436,12 @@ def test_a_field_that_is_as_it_was_filled_is_left_alone(place):
     filled, *first = training.show("tarot", {})
     assert filled["steps"] == draft.recipe().steps and gr.skip() not in first[-len(names) :]
     assert training.show("tarot", filled)[-len(names) :] == [gr.skip()] * len(names)
-    filled, *after = training.length("tarot", filled, 80)
+    draft.change(steps=80, preview_every=20)
+    filled, *after = training.show("tarot", filled)
     sent = {n: v for n, v in zip(names, after[-len(names) :], strict=True) if v != gr.skip()}
     assert {n: v["value"] for n, v in sent.items()} == {"steps": 80, "preview_every": 20}
+    plan = training.change("budget", "tarot", filled, "quick")[1]
+    assert draft.recipe().steps == 80 and "27 steps of" in plan  # what the dial asks for is reckoned at the start
     other = dict(zip(names, training.show(place.drafts.example("voice").name, filled)[-len(names) :], strict=True))
     assert {n for n, v in other.items() if not v["visible"]} == set(OF_PICTURES)  # another kind: everything is sent
     assert all(other[n]["visible"] for n in (*OF_TEXTS, "steps", "prompts"))
@@ -484,7 +487,7 @@ def test_what_a_recipe_that_streams_needs_is_planned_before_the_start(place, tin
     draft.change(model=str(tiny_folder), resolution="32x32", batch_size=2, directions=2, offload="disk")
     job = place.jobs.job("tarot", "plan")
     assert "being planned" in training.plan("tarot") and training.unknown("tarot")
-    assert training.planned("tarot") == [gr.skip()] * 5  # nothing is known that was not
+    assert training.planned("tarot") == [gr.skip()] * 4  # nothing is known that was not
     while job.alive():
         time.sleep(0.05)
     known, record = json.loads(job.log()[-1]), job.record()

@@ -251,3 +251,13 @@ def test_a_reward_in_a_file_is_meant_from_beside_the_recipe_and_leaves_the_machi
 def test_tasks_and_rewards_are_of_texts(written, text, says):
     with pytest.raises(RecipeError, match=says):
         load(written(text))
+
+
+def test_a_budget_scales_the_steps_and_keeps_the_places_of_previews():
+    recipe = Recipe(steps=36, preview_every=18)
+    assert recipes.budgeted(recipe) is recipe
+    for budget, steps, previews in (("quick", 12, 6), ("thorough", 72, 36)):
+        found = recipes.budgeted(dataclasses.replace(recipe, budget=budget))
+        assert (found.steps, found.preview_every, found.budget) == (steps, previews, "normal")
+        assert recipes.budgeted(found) is found  # a run's own recipe has it already
+    assert recipes.budgeted(Recipe(steps=1, preview_every=0, budget="quick")).steps == 1

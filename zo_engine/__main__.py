@@ -178,6 +178,10 @@ def finish(state: str, run: Run, as_json: bool) -> None:
         best = next(e for e in evaluations if e["step"] == run.status()["best_step"])
         for figure in {"accuracy", "reward"} & evaluations[0].keys():
             click.echo(f"{figure} {evaluations[0][figure]:.3f} -> {best[figure]:.3f}")
+        if flat := run.status().get("flat", ""):
+            click.echo(f"{flat}; more steps would bring little")
+        elif evaluations[-1]["step"]:
+            click.echo("the held-out loss has not clearly stopped falling: more steps may bring more")
         for title, path in (("previews", run.previews), ("plot", run.plot_file), ("style", run.style_file)):
             click.echo(f"{title:10} {path}")
     if state == "stopped":
@@ -463,7 +467,7 @@ def texts(recipe: Path, as_json: bool) -> None:
     """Say how the texts of RECIPE are understood, and how its model will read them; bad rows by line."""
     from zo_engine.inspection import InspectionError, read_texts
 
-    loaded = recipes.load(recipe)
+    loaded = recipes.budgeted(recipes.load(recipe))
     if not loaded.texts:
         raise InspectionError(f"{recipe} teaches pictures, not texts: it has no `texts`")
     for facts in read_texts(loaded):

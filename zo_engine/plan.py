@@ -758,7 +758,7 @@ def of(
 
     Raises PlanError, or what a recipe or a model raises, for what is not there.
     """
-    recipe = recipes.load(Path(source)) if source.endswith(".toml") else None
+    recipe = recipes.budgeted(recipes.load(Path(source))) if source.endswith(".toml") else None
     name = recipe.model if recipe else source
     folder = find(name)
     if folder is None and name not in SHAPES:

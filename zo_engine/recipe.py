@@ -19,11 +19,17 @@ from zo_engine.rewards import beside, is_file
 DIRECTIONS = 96  # of every level in a Gauss-Newton step, at first
 GROWTH = 12  # steps after which they double: early on a new look at the loss is worth more than a wider one
 DOUBLINGS = 2
+BUDGETS = {"quick": 1 / 3, "normal": 1.0, "thorough": 2.0}  # of the recipe's steps
 
 
 def directions_at(directions: int, step: int) -> int:
     """Directions of a level at a step of a Gauss-Newton run, where there are so many at first."""
     return directions << min(step // GROWTH, DOUBLINGS)
+
+
+def last_doubling(steps: int) -> int:
+    """The last of so many steps of a Gauss-Newton run that had more directions than the one before it; 0 if none."""
+    return GROWTH * min(max(0, steps - 1) // GROWTH, DOUBLINGS)
 
 
 PRIVATE = ("images", "texts", "device", "memory", "offload")  # where things lie on this machine
@@ -63,7 +69,10 @@ class Recipe:
     reward: str = setting("", "what an answer is worth, in place of learning given ones: json, json:key,key, match, "
                           "length:60, avoid:word, or rewards.py:function, whose code is run")  # fmt: skip
     # How long
-    steps: int = setting(36, "steps of the run", low=1)
+    steps: int = setting(36, "steps of the run, at a normal budget", low=1)
+    budget: str = setting("normal", "a third of the steps, as they are, or twice as many; previews keep their places",
+                          choices=tuple(BUDGETS))  # fmt: skip
+    stop_when_flat: bool = setting(False, "end the run as soon as the held-out loss has stopped falling")
     batch_size: int = setting(16, "pictures or texts in one step", low=1)
     rows: int = setting(0, "rows of one forward pass, to bound memory; 0: as many as a processor's caches like", low=0)
     # The method
@@ -144,6 +153,17 @@ class Recipe:
         if is_file(self.reward):
             values["reward"] = ""  # a style names no code
         return values | {"model": named(self.model)}
+
+
+def budgeted(recipe: Recipe) -> Recipe:
+    """The recipe with the steps that its budget asks for, and previews at the same shares of the way."""
+    share = BUDGETS[recipe.budget]
+    if share == 1.0:
+        return recipe
+    scaled = lambda count: max(1, round(share * count)) if count else 0  # noqa: E731
+    return dataclasses.replace(
+        recipe, steps=scaled(recipe.steps), preview_every=scaled(recipe.preview_every), budget="normal"
+    )
 
 
 def named(model: str) -> str:

@@ -24,6 +24,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from zo_engine import (
     cache,
+    convergence,
     dataset,
     evaluation,
     models,
@@ -40,7 +41,7 @@ from zo_engine.hub import first_line, is_language, read_json, some, weights_held
 from zo_engine.journal import Record, short
 from zo_engine.newton import GaussNewton
 from zo_engine.probes import Probes, Space, evaluate
-from zo_engine.recipe import Recipe, RecipeError, named
+from zo_engine.recipe import Recipe, RecipeError, budgeted, last_doubling, named
 from zo_engine.run import Run, write_atomic
 from zo_engine.scales import ScaleView, find_scales, formats_of, prove_live
 from zo_engine.style import Style, journal_tensors, make_method, make_space, save_style, theta_tensors
@@ -303,6 +304,7 @@ def changes(before: dict[str, list[str]], now: dict[str, list[str]]) -> str:
 
 def prepare(recipe: Recipe, cache_folder: Path, say: Callable[[str], None] = lambda text: None) -> Studio:
     """Load what the recipe asks for. Raises ValueError (of some kind) for whatever the user can mend."""
+    recipe = budgeted(recipe)
     with device_faults("loading the model"):
         asked = recipe.texts or recipe.task
         return (prepare_texts if asked else prepare_pictures)(recipe, cache_folder, say)
@@ -630,7 +632,8 @@ class Training:
         self.best = (math.inf, 0)  # held-out loss and step
         self.start: list[float] = []  # held-out items before the first step
         self.held_out: float | None = None
-        self.evaluated = -1  # the step that it is of
+        self.flat = ""  # that the held-out loss has stopped falling, in words, by the last evaluation
+        self.evaluations: list[dict] = []  # in the order of their steps
 
     # Taking up a run
 
@@ -749,6 +752,9 @@ class Training:
         }
         facts = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in facts.items()}
         facts["items"] = [v if math.isfinite(v) else None for v in items]
+        since = last_doubling(self.method.step) if isinstance(self.method, GaussNewton) else 0
+        if (trend := convergence.trend([*self.evaluations, facts], since)) and trend.flat:
+            facts["flat"] = trend.sentence
         if self._note(facts):  # kept before it is said to be the best: never a best one that is not there
             _write_checkpoint(self.run.best_file, {"theta": self.method.theta}, {"step": self.method.step})
         self.run.append_evaluation(facts)
@@ -757,7 +763,8 @@ class Training:
         """Take in an evaluation; True if it is the best so far."""
         if not self.start and None not in facts["items"]:
             self.start = facts["items"]
-        self.held_out, self.evaluated = facts["loss"], facts["step"]
+        self.held_out, self.flat = facts["loss"], facts.get("flat", "")
+        self.evaluations.append(facts)
         better = facts["loss"] is not None and facts["loss"] < self.best[0]
         if better:
             self.best = (facts["loss"], facts["step"])
@@ -892,7 +899,7 @@ def train(run: Run, studio: Studio, report: Callable[[dict], None], stop: thread
     training = Training(run, studio)
     training.resume()
     method = training.method
-    began, first, bad = time.monotonic(), method.step, 0
+    began, first, bad, told_flat = time.monotonic(), method.step, 0, False
     if method.step:
         run.log(f"resumed from step {method.step}")
     facts = {"step": method.step, "steps": recipe.steps, "part": 0.0, "loss": None, "held_out": None}
@@ -932,11 +939,15 @@ def train(run: Run, studio: Studio, report: Callable[[dict], None], stop: thread
     while True:
         at_end, asked = method.step >= recipe.steps, run.asked()
         if method.step % recipe.evaluate_every == 0 or at_end or "save" in asked:
-            if training.evaluated != method.step:
+            if not training.evaluations or training.evaluations[-1]["step"] != method.step:
                 training.attempt("the held-out loss", training.evaluate)
             training.checkpoint()
         if why := training.diverged():
             give_up(why)
+        if training.flat and not told_flat:
+            run.log(f"step {method.step}: {training.flat}")
+            told_flat = True
+        at_end = at_end or (recipe.stop_when_flat and bool(training.flat))
         if "save" in asked:
             training.save_style()
             run.log(f"saved at step {method.step}, as asked")
@@ -981,7 +992,10 @@ def train(run: Run, studio: Studio, report: Callable[[dict], None], stop: thread
     draw_plot(run)
     state = "done" if at_end else "stopped"
     facts |= {"part": 0.0, "held_out": training.held_out, "skipped": method.skipped, "remaining": 0.0}
+    facts |= {"flat": training.flat} if training.flat else {}
     run.write_status(state, **facts, best_step=training.best[1], best_held_out=training.best[0])
+    if state == "done" and method.step < recipe.steps:
+        run.log(f"ended before step {recipe.steps}, as the recipe asks: {training.flat}")
     run.log(f"{state} at step {method.step}; best held-out loss {training.best[0]:.6g} at step {training.best[1]}")
     return state
 
