@@ -15,11 +15,15 @@ def label(name: str) -> str:
     return name.replace("_", " ").capitalize()
 
 
+def help_of(name: str) -> str:
+    text = FIELDS[name].metadata["help"]
+    return text[:1].upper() + text[1:]
+
+
 def component(name: str, **looks: Any) -> gr.components.Component:
     """The form field of a setting, closed until it is filled: what is typed before would be lost."""
     field = FIELDS[name]
-    meta, default = field.metadata, field.default
-    help = meta["help"][:1].upper() + meta["help"][1:]
+    meta, default, help = field.metadata, field.default, help_of(name)
     looks = {"label": label(name), "info": help, "interactive": False} | looks
     if meta["choices"]:
         return gr.Dropdown(list(meta["choices"]), value=default, **looks)

@@ -10,7 +10,7 @@ from app.jobs import Job, Jobs
 from zo_engine.recipe import Recipe
 
 READS = ("texts", "model", "quantization", "resolution", "length", "batch_size", "depth", "directions", "steps",
-         "rows", "space", "optimizer", "columns", "noise", "prior", "prompts", "evaluate_items", "memory",
+         "budget", "rows", "space", "optimizer", "columns", "noise", "prior", "prompts", "evaluate_items", "memory",
          "offload")  # fmt: skip
 FREE = 0.9  # of what is free, as a run takes with memory = "auto"
 

@@ -62,7 +62,9 @@ class Training:
                     plan = gr.HTML()
                     start = gr.Button("Train", variant="primary", size="lg", elem_id="train")
                 with gr.Column(scale=4, min_width=300):
-                    self.fields["budget"] = gr.Radio(BUDGETS, label="Budget", interactive=False)
+                    self.fields["budget"] = gr.Radio(
+                        BUDGETS, label=form.label("budget"), info=form.help_of("budget"), interactive=False
+                    )
                     with gr.Row():
                         self.fields["steps"] = form.component("steps", min_width=120, info="At a normal budget")
                         self.fields["resolution"] = form.component("resolution", min_width=220, scale=2)

@@ -495,7 +495,7 @@ def test_what_a_recipe_that_streams_needs_is_planned_before_the_start(place, tin
     assert f"{figures.size(known['device'])} at the peak of a step, by its plan" in text
     blocks = known["blocks"]
     assert f"{blocks} of {blocks} stream from the disk, where {figures.size(known['disk'])} lie" in text
-    draft.change(steps=12)  # no question of the plan
+    draft.change(seed=12)  # no question of the plan
     assert "by its plan" in training.plan("tarot") and job.record() == record
     job.log_file.write_text("qzo: 0.01 GB are not enough; lower batch_size\n")
     assert "0.01 GB are not enough; lower batch_size." in training.plan("tarot")
