@@ -8,6 +8,7 @@ journal are enough to rebuild every direction of a run. No global generator is r
 import hashlib
 import math
 from collections.abc import Iterable, Sequence
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -55,7 +56,7 @@ class Layout:
         if len(set(ids.values())) != len(ids):
             raise ValueError("two tensor names share one 32-bit hash; rename one of the layers")
         self._ids = ids
-        self._counters: dict[tuple[int, torch.device], tuple[Tensor, Tensor, Tensor]] = {}
+        self._counters: dict[tuple[int, torch.device], tuple[Tensor, Tensor]] = {}
 
     def part(self, layers: Iterable[str]) -> "Layout":
         """The tensors of some layers ("a" has "a.rows", ...), in this layout's order."""
@@ -75,20 +76,21 @@ class Layout:
             for (name, shape), part in zip(self.shapes.items(), parts, strict=True)
         }
 
-    def counters(self, per_block: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-        """(block number, tensor id) of every Philox block, and where each element lies in the blocks' output."""
+    def counters(self, per_block: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        """(block number, tensor id) of every Philox block."""
         cached = self._counters.get((per_block, device))
         if cached is None:
-            blocks, ids, index, start = [], [], [], 0
-            for name, numel in self.numel.items():
-                count = -(-numel // per_block)
-                blocks.append(torch.arange(count))
-                ids.append(torch.full((count,), self._ids[name]))
-                index.append(torch.arange(start * per_block, start * per_block + numel))
-                start += count
-            cached = tuple(torch.cat(part).to(device) for part in (blocks, ids, index))
-            self._counters[(per_block, device)] = cached
+            counts = [-(-numel // per_block) for numel in self.numel.values()]
+            blocks = torch.cat([torch.arange(count) for count in counts])
+            ids = torch.tensor(list(self._ids.values())).repeat_interleave(torch.tensor(counts))
+            cached = self._counters[(per_block, device)] = (blocks.to(device), ids.to(device))
         return cached
+
+    def elements(self, output: Tensor, per_block: int) -> Tensor:
+        """[P, blocks * per_block] -> [P, size]: of each tensor's last block only what the tensor has. By slices: an
+        index of every element would be twice as large as theta."""
+        starts = accumulate((-(-numel // per_block) * per_block for numel in self.numel.values()), initial=0)
+        return torch.cat([output[:, s : s + n] for s, n in zip(starts, self.numel.values(), strict=False)], 1)
 
 
 def directions(
@@ -104,13 +106,13 @@ def directions(
     per_block = {"rademacher": SIGNS_PER_BLOCK, "gaussian": NORMALS_PER_BLOCK}.get(kind)
     if per_block is None:
         raise ValueError(f"directions are 'rademacher' or 'gaussian', not {kind!r}")
-    block, ids, index = layout.counters(per_block, device)
+    block, ids = layout.counters(per_block, device)
     probe = torch.tensor(list(probes), dtype=torch.int64, device=device)[:, None]
     shape = (len(probe), len(block))
     counter = [part.expand(shape) for part in (block, ids, probe, torch.tensor(step, device=device))]
     words = torch.stack(philox(counter, (seed & MASK, (seed >> 32) & MASK)), dim=-1)  # [P, blocks, 4]
     make = _signs if kind == "rademacher" else _normals
-    return make(words).flatten(1).index_select(1, index)
+    return layout.elements(make(words).flatten(1), per_block)
 
 
 def _signs(words: Tensor) -> Tensor:
