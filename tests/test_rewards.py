@@ -20,7 +20,7 @@ from zo_engine.rewards import RewardError
 from zo_engine.style import load_style
 from zo_engine.tasks.reward import SAMPLES
 from zo_engine.tasks.text import answers as replies
-from zo_engine.tasks.text import token_losses
+from zo_engine.tasks.text import token_likelihoods, token_losses
 from zo_engine.texts import Message
 from zo_engine.tokens import IGNORED
 
@@ -146,6 +146,23 @@ def test_a_lesson_is_the_better_answers_weighted_by_what_they_are_worth(studio):
     found = task.outcomes(lesson)
     torch.testing.assert_close(found[:, 0], token_losses(studio.model, lesson) * lesson.weight)
     torch.testing.assert_close(found[:, 1:].square().sum(1), 2 * lesson.weight)
+
+
+def test_a_move_is_worth_what_it_does_to_the_tokens_of_better_and_worse_answers(studio):
+    task, space = studio.task, studio.space
+    trial, still = task.trial(0, 2), torch.zeros(space.layout.size)
+    assert trial.above.abs().sum() > 0 and trial.above.sum().abs() < 1e-5
+    torch.testing.assert_close(task.losses(trial), 1 - trial.worth)
+    z = torch.randn(space.layout.size, generator=torch.Generator().manual_seed(2))
+    with space.folded(still + 0.3 * z):
+        found, now = task.losses(trial), token_likelihoods(studio.model, trial)
+    for row in range(len(trial)):
+        expected = 1 - trial.worth[row].item()
+        for place in (trial.labels[row] != IGNORED).nonzero().flatten().tolist():
+            ratio = (now[row, place] - trial.before[row, place]).exp().item()
+            above = trial.above[row].item()
+            expected += above - min(ratio * above, min(ratio, 2) * above)  # what rises more than twofold counts as two
+        assert found[row].item() == pytest.approx(expected, abs=1e-4)
 
 
 def test_perturbed_models_answer_in_one_batch_as_they_do_one_by_one(studio):

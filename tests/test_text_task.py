@@ -25,6 +25,7 @@ from zo_engine.tasks.text import (
     sketched,
     stack,
     token_features,
+    token_likelihoods,
     token_losses,
 )
 from zo_engine.texts import Example, Message
@@ -191,6 +192,17 @@ def test_the_model_of_the_loss_is_half_the_exact_gauss_newton_matrix_and_gradien
     torch.testing.assert_close(slope, expected_slope, rtol=1e-4, atol=1e-6)
     assert loss == pytest.approx(expected_loss, rel=1e-10)
     assert exact == bool(torch.allclose(gram, expected_gram, rtol=1e-4, atol=1e-8))
+
+
+def test_likelihoods_of_tokens_are_those_of_the_models_own_logits_and_make_the_loss():
+    model, batch = tiny.language_model().double(), stack(some_tokens(3))
+    found, learnt = token_likelihoods(model, batch), batch.labels != IGNORED
+    learnt[:, 0] = False  # nothing precedes the first token
+    torch.testing.assert_close(-found.sum(1) / learnt.sum(1), token_losses(model, batch))
+    logs = model(input_ids=batch.tokens, attention_mask=batch.mask).logits.log_softmax(-1)
+    for row, place in learnt.nonzero().tolist():
+        torch.testing.assert_close(found[row, place], logs[row, place - 1, batch.labels[row, place]].to(found.dtype))
+    assert not found[~learnt].any()
 
 
 def test_a_sketch_keeps_inner_products_up_to_its_size():

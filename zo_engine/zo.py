@@ -170,7 +170,7 @@ class ZO:
         gradient = torch.zeros_like(self.theta)
         for direction, d in zip(z, slopes, strict=True):  # one after the other: the same rounding everywhere
             gradient.add_(direction * _fp32(min(max(d, -clip), clip)))
-        return self.update(gradient * _fp32(1 / len(slopes)))
+        return self.update(gradient.mul_(_fp32(1 / len(slopes))))
 
     def searches(self) -> bool:
         """Whether this step makes a line search along `update.fresh`: never along nothing."""
@@ -199,7 +199,7 @@ class ZO:
         if self.searches():
             fresh = self.update.fresh
             size = short(min(self.search.value or self.reaching(1, fresh), self.reaching(LEAP, fresh)))
-            three = losses(along(-fresh, size, batch), True).double().view(3, -1).mean(1)
+            three = losses(along(fresh, -size, batch), True).double().view(3, -1).mean(1)
             search = (size, *(short(loss) for loss in three.tolist()))
         size = self.choose(search)
         if not self.fixed:
@@ -221,8 +221,9 @@ class ZO:
         return self.search.value or 0.0
 
     def move(self, descent: Tensor, record: Step) -> None:
-        """theta <- theta - step_size * U."""
-        self.theta = self.theta - descent * _fp32(record.step_size)
+        """theta <- theta - step_size * U, in the memory of U, which is used up."""
+        self.update.fresh = None
+        self.theta = torch.sub(self.theta, descent.mul_(_fp32(record.step_size)), out=descent)
         self.recent.extend(record.slopes)
         self.step += 1
 

@@ -5,8 +5,9 @@ E[r grad log p(y)] (Williams 1992), and with the Fisher matrix of the answers th
 both are what `newton` finds for a cross-entropy whose examples are the model's own answers, weighted by what they are
 worth above the mean (reward-weighted regression, Peters and Schaal 2007; worse ones have no weight). Which of its moves
 is made, if any, is decided by answers to fresh prompts, drawn once: a move is worth what it does to the likelihood of
-the better ones and of the worse ones, within bounds (Schulman et al., arXiv:1707.06347, equation 7). That says more
-than new answers after each move would, whose rewards differ by chance. The loss of a run is one minus the reward.
+every token of the better ones and of the worse ones, within bounds (Schulman et al., arXiv:1707.06347, equation 7).
+Token by token, for the likelihood of a whole answer falls with every choice that the reward does not see. That says
+more than new answers after each move would, whose rewards differ by chance. The loss of a run is one minus the reward.
 
 One answer in four is the likeliest one, the others are drawn; where several are worth the same, it is learnt. So the
 model comes to give surely what it already gives at its best: drawn answers differ in much that the reward does not see,
@@ -28,11 +29,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from zo_engine.journal import Move
 from zo_engine.rewards import Reward
 from zo_engine.tasks.diffusion import HELD_OUT, SEARCH, TRAINING, turns
-from zo_engine.tasks.text import Batch, generated, left_padded, padding, stack, token_features, token_losses
+from zo_engine.tasks.text import Batch, generated, left_padded, padding, stack, token_features, token_likelihoods
 from zo_engine.tokens import IGNORED, Tokens
 
 SAMPLES = 4  # answers for each that is learnt: the likeliest one, and drawn ones to other prompts
-TRUSTED = 1.0  # how far the likelihood of an answer may change, relatively, and still count
+TRIED = 12  # answers for each that is learnt, that moves are tried on: their rewards differ by chance
+TRUSTED = 1.0  # how far the likelihood of a token may rise, relatively, and still count
 
 
 @dataclass(frozen=True)
@@ -61,11 +63,11 @@ class Answered(Batch):
 
 @dataclass(frozen=True)
 class Judged(Batch):
-    """B answers after their prompts, with what each is worth and the log-likelihood that it had when it was drawn."""
+    """B answers after their prompts, with what each is worth and the log-likelihoods that its tokens had when drawn."""
 
     worth: Tensor  # [B]
     above: Tensor  # [B]: the mean of all
-    before: Tensor  # [B]
+    before: Tensor  # [B, T]
 
 
 class Rewarded:
@@ -122,18 +124,14 @@ class Rewarded:
         return Answered(batch.tokens, batch.mask, batch.labels, weights).to(self.device)
 
     def trial(self, step: int, size: int) -> Judged:
-        """What its moves are tried on: SAMPLES times `size` answers of the model as it stands to other prompts."""
-        asked = self.batch(step, SAMPLES * size, SEARCH)
+        """What its moves are tried on: TRIED times `size` answers of the model as it stands to other prompts."""
+        asked = self.batch(step, TRIED * size, SEARCH)
         written = self._written(asked)
         batch = stack([self._learnt(self.prompts[int(n)], w) for n, w in zip(asked.number, written, strict=True)],
                       padding(self.tokenizer)).to(self.device)  # fmt: skip
         worth = torch.tensor(self._rewards(asked, written), device=self.device)
-        before = torch.cat([self._likelihood(batch.take(i)) for i in torch.arange(len(batch)).split(size)])
+        before = torch.cat([token_likelihoods(self.model, batch.take(i)) for i in torch.arange(len(batch)).split(size)])
         return Judged(batch.tokens, batch.mask, batch.labels, worth, worth - worth.mean(), before)
-
-    def _likelihood(self, batch: Batch) -> Tensor:
-        """[B]: log-likelihood of whole answers."""
-        return -token_losses(self.model, batch) * (batch.labels != IGNORED).sum(1)
 
     def _learnt(self, prompt: Prompt, written: list[int]) -> Tokens:
         return Tokens((*prompt.ids, *written), (IGNORED,) * len(prompt.ids) + tuple(written))
@@ -154,11 +152,11 @@ class Rewarded:
 
     def losses(self, batch: Asked | Judged) -> Tensor:
         """[B]: one minus the reward of an answer to each prompt, drawn with its seed; of answers that are there, one
-        minus what each is worth to a model that gives them with another likelihood than when they were drawn."""
+        minus what each is worth to a model that gives their tokens with other likelihoods than when they were drawn."""
         if isinstance(batch, Judged):
-            ratio = (self._likelihood(batch) - batch.before).exp()
-            kept = ratio.clamp(1 - TRUSTED, 1 + TRUSTED)
-            return 1 - batch.worth + batch.above - torch.minimum(ratio * batch.above, kept * batch.above)
+            ratio = (token_likelihoods(self.model, batch) - batch.before).exp()  # one where nothing is learnt
+            kept, above = ratio.clamp(max=1 + TRUSTED), batch.above[:, None]
+            return 1 - batch.worth - (torch.minimum(ratio * above, kept * above) - above).sum(1)
         return 1 - torch.tensor(self._rewards(batch, self._written(batch)), device=batch.tokens.device)
 
     def outcomes(self, batch: Answered) -> Tensor:

@@ -64,6 +64,12 @@ def token_losses(model: nn.Module, batch: Batch) -> Tensor:
     return torch.stack([reading.loss() for reading in _readings(model, batch, 0)])
 
 
+def token_likelihoods(model: nn.Module, batch: Batch) -> Tensor:
+    """The log-likelihood of every learnt token [B, T], in fp32 or wider; 0 at the others."""
+    found = torch.stack([-reading.losses() for reading in _readings(model, batch, 0)])
+    return found.new_zeros(batch.labels.shape).index_copy_(1, _places(batch) + 1, found)
+
+
 def token_features(model: nn.Module, batch: Batch, most: int = FEATURES) -> Tensor:
     """The losses of `token_losses` and then the features that `newton` works on, [B, 1 + m] in fp32 (fp64 stays fp64).
 
@@ -134,6 +140,12 @@ class Reading:
         learnt = self.labels != IGNORED
         return ((self.top + self.total.log() - self.right) * learnt).sum() / learnt.sum()
 
+    def losses(self) -> Tensor:
+        """Cross-entropy of each learnt token [n], 0 at the other places."""
+        if self.logits is not None:
+            return cross_entropy(self.logits, self.labels, ignore_index=IGNORED, reduction="none")
+        return (self.top + self.total.log() - self.right) * (self.labels != IGNORED)
+
     def features(self) -> Tensor:
         """[n, V], or [n, buckets] where V is more."""
         learnt = self.labels != IGNORED
@@ -145,9 +157,8 @@ class Reading:
 
 def _readings(model: nn.Module, batch: Batch, most: int) -> Iterator[Reading]:
     """The logits of every example at the positions where some example learns: they are made for no others."""
-    following = batch.labels[:, 1:]
-    places = (following != IGNORED).any(0).nonzero().flatten()
-    labels = following[:, places]
+    places = _places(batch)
+    labels = batch.labels[:, places + 1]
     call = partial(model, input_ids=batch.tokens, attention_mask=batch.mask, use_cache=False, logits_to_keep=places)
     head = model.get_output_embeddings()
     parts = head_parts(head)
@@ -175,6 +186,11 @@ def _readings(model: nn.Module, batch: Batch, most: int) -> Iterator[Reading]:
             reading.add(row, start, size)
         start += logits.shape[-1]
     yield from readings
+
+
+def _places(batch: Batch) -> Tensor:
+    """The positions whose next token some example learns."""
+    return (batch.labels[:, 1:] != IGNORED).any(0).nonzero().flatten()
 
 
 def _wide(logits: Tensor) -> Iterator[Tensor]:
