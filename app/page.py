@@ -5,6 +5,8 @@ from pathlib import Path
 
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # before gradio is imported: it asks the network otherwise
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+# Gradio keeps the last 10,000 events, and at each new one makes statistics of all, which no page of ours shows.
+os.environ |= {"GRADIO_ANALYTICS_MAX_EVENTS": "1", "GRADIO_ANALYTICS_CACHE_FREQUENCY": str(10**9)}
 
 import gradio as gr  # noqa: E402
 from starlette.middleware import Middleware  # noqa: E402
