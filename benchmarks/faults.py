@@ -13,6 +13,7 @@ them anew. Every figure is counted by what ran; a part that was left out is not 
 import argparse
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
@@ -212,16 +213,18 @@ def look(address: str, ended: Callable[[float], bool], answers: list, wrong: lis
 
         try:
             client.get(address).raise_for_status()
-            asked = client.get(f"{address}/config").raise_for_status().json()["dependencies"]
+            config = client.get(f"{address}/config").raise_for_status().json()
+            asked, shown = config["dependencies"], {c["id"]: c["props"].get("value") for c in config["components"]}
             on = lambda event, inputs: [  # noqa: E731
-                d["id"] for d in asked if len(d["inputs"]) == inputs and any(t[1] == event for t in d["targets"])
+                d for d in asked if len(d["inputs"]) == inputs and any(t[1] == event for t in d["targets"])
             ]
-            for index in on("load", 0):
-                call(index, [])
+            for loading in on("load", 0):
+                call(loading["id"], [])
             (watch,) = on("tick", 3)
+            fields = [None, None, shown[watch["inputs"][2]]]  # the first two are kept by the server
             while not ended(LOOK):
                 began = time.monotonic()
-                said = call(watch, [None, None, ""])  # the first two are kept by the server
+                said = call(watch["id"], fields)
                 if said.get("success"):
                     answers.append(time.monotonic() - began)
                 else:
@@ -368,13 +371,14 @@ def table(pieces: dict[str, dict]) -> str:
                 lines.append(f"| {name}, by quarter: {row} {unit} | | |")
         elif key == "clients":
             before, during, after = piece["seconds of a step"].values()
+            half, slowest = (f"{piece[name] or math.nan:.2f} s" for name in ("median answer", "slowest answer"))
             lines.append(
                 f"| **requests of {piece['clients']} open pages during a run** | {piece['tried']:,} | {wrong} |"
             )
             lines.append(
                 f"| a step before, with and after them: {before:.3f}, {during:.3f}, {after:.3f} s "
-                f"({100 * piece['slower']:+.0f} %); half of the answers within {piece['median answer']:.2f} s, all "
-                f"within {piece['slowest answer']:.2f} s; the page grew by {piece['memory grown'] / 1e6:.0f} MB | | |"
+                f"({100 * piece['slower']:+.0f} %); half of the answers within {half}, all within {slowest}; the page "
+                f"grew by {piece['memory grown'] / 1e6:.0f} MB | | |"
             )
     about = sorted({(piece["date"], piece["commit"], piece["cpu"]) for piece in pieces.values()})
     made = "; ".join(f"{date}, commit {commit}, {cpu}" for date, commit, cpu in about)
