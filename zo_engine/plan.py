@@ -609,10 +609,10 @@ def phased(
         vae = _part(AutoencoderKL, parts["vae"], torch.float32)
         shape = 1, 3, work.size[1], work.size[0]
         found["pictures"] = _weights(vae) + _peak(lambda: encode(vae, torch.empty(shape, device="meta")))
-        together = max(1, made.rows // 2) if memory else TOGETHER
+        count = together(made.rows, bool(memory))
         if recipe.prior:
-            found["the base's answers"] = there + _peak(lambda: _passed(model, work, 2 * min(KEPT, together)))
-        pictures = min(together, prompts)
+            found["the base's answers"] = there + _peak(lambda: _passed(model, work, 2 * min(KEPT, count)))
+        pictures = min(count, prompts)
         vae.to(work.dtype)
         if memory:  # as `models.drawing`
             vae.enable_slicing()
@@ -624,6 +624,11 @@ def phased(
         found["answers"] = folded + _peak(lambda: model(input_ids=tokens, use_cache=True, logits_to_keep=1))
     found["the held-out loss"] = folded + _peak(lambda: _passed(model, work, recipe.evaluate_items, made.rows))
     return dataclasses.replace(made, operations=operations(model, work), phases=found | {"steps": made.device})
+
+
+def together(rows: int, bounded: bool) -> int:
+    """Pictures that are drawn at once, memory bounded or not: with guidance, a picture is two rows of a pass."""
+    return max(1, rows // 2) if bounded else TOGETHER
 
 
 def _peak(run: Callable[[], object]) -> int:

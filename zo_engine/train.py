@@ -155,7 +155,7 @@ class Drawing:
 
 def together(recipe: Recipe) -> int:
     """Pictures that are drawn at once."""
-    return max(1, recipe.rows // 2) if recipe.memory else plan.TOGETHER  # with guidance a picture is two rows
+    return plan.together(recipe.rows, bool(recipe.memory))
 
 
 @dataclass
