@@ -147,13 +147,14 @@ def recorded(task) -> Iterator[list[int]]:
 
 
 def counted(method, features: int) -> int:
-    """Bytes of what a step's method holds: its directions; of Gauss-Newton also the outcomes of an example's rows, what
-    they differ by, and the columns they are joined to."""
+    """Bytes of what a step's method holds beside theta: its directions; of slopes also the change of theta, of
+    Gauss-Newton the outcomes of an example's rows, what they differ by, and the columns they are joined to."""
+    element = 1 if method.kind == "rademacher" else 4
     if not isinstance(method, GaussNewton):
-        return method.per_step * method.layout.size * 4
+        return method.layout.size * (method.per_step * element + 4)
     counts = method.counts(0)
     z = sum(count * part.size for count, part in zip(counts, method.parts, strict=True))
-    return 4 * (z + 3 * sum(counts) * features)
+    return z * element + 4 * 3 * sum(counts) * features
 
 
 def _tensors(model: torch.nn.Module):

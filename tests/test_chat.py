@@ -108,8 +108,9 @@ def test_what_the_template_refuses_is_said_in_the_answer(run, styled):
     assert json.loads(file.read_text())["error"] == "is refused by the tokenizer's chat template: no talk"
 
 
-def test_talk_on_the_command_line(run, qzo, monkeypatch, tmp_path):
-    monkeypatch.setattr(sys, "stdin", io.StringIO("hello\nagain\n\n"))
+@pytest.mark.parametrize("end", ["\n", ""], ids=["an empty line", "the end of the input"])
+def test_talk_on_the_command_line(run, qzo, monkeypatch, tmp_path, end):
+    monkeypatch.setattr(sys, "stdin", io.StringIO(f"hello\nagain\n{end}"))
     code, out, _ = qzo("chat", run.path, "--strength", 0)
     said = re.findall(r"(?:before|after ) (.*)", out)
     assert code == 0 and len(said) == 4 and said[0] == said[1] and said[2] == said[3]

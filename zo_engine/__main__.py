@@ -20,6 +20,7 @@ INTERRUPTED = 130
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # what libraries say on import is not for our users
 os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+os.environ.setdefault("HF_HUB_VERBOSITY", "error")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
@@ -504,7 +505,8 @@ def chat(
     model: str,
     device: str,
 ) -> None:
-    """Talk with base and style side by side. RUN is a run folder of a language model; an empty line ends it."""
+    """Talk with base and style side by side. RUN is a run folder of a language model; an empty line ends it, or the
+    end of the input."""
     from zo_engine import chat as chats
     from zo_engine.apply import open_style
     from zo_engine.style import StyleError
@@ -522,7 +524,7 @@ def chat(
         chats.serve(source, load)
         return
     styled, said = load(), []
-    while prompt := click.prompt("you   ", default="", show_default=False, prompt_suffix=" ").strip():
+    while prompt := typed("you   "):
         asked = {"prompt": prompt, "strength": strength, "seed": seed, "temperature": temperature}
         for side, text in chats.answer(styled, said, asked):
             asked[side] = text
@@ -629,6 +631,15 @@ def main() -> None:
         if error.errno is None:
             raise
         fail(said_by_disk(error), 2)
+
+
+def typed(label: str) -> str:
+    """A line that is typed; empty at the end of the input, and at Ctrl-C."""
+    try:
+        return click.prompt(label, default="", show_default=False, prompt_suffix=" ").strip()
+    except click.Abort:
+        click.echo()
+        return ""
 
 
 def quiet() -> None:
