@@ -18,9 +18,12 @@ sys.path[:0] = [str(CHECKOUT), str(CHECKOUT / "assets")]  # scripts of the repos
 
 def circumstances() -> dict[str, Any]:
     """Where and on what the figures were measured."""
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], cwd=CHECKOUT, capture_output=True, text=True, check=True
+    git = lambda *words: subprocess.run(  # noqa: E731
+        ["git", *words], cwd=CHECKOUT, capture_output=True, text=True, check=True
     ).stdout.strip()
+    commit = git("describe", "--always")
+    if git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!benchmarks/results"):
+        commit += "-dirty"  # by more than what measurements write
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
     return {
         "date": date.today().isoformat(),

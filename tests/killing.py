@@ -566,7 +566,7 @@ PLANTED = {
     "a step is said before it is in the journal": (said_too_early, "journal", "opened", 1, False),
     "checkpoints are written in place": (in_place, "checkpoint", "half", 2, False),
     "nothing is flushed": (nothing_flushed, "status", "renamed", 4, True),
-    "files get their names before they are flushed": (renamed_first, "recipe", "renamed", 1, True),
+    "files get their names before they are flushed": (renamed_first, "base", "renamed", 1, True),
     "names are not flushed": (names_not_flushed, "status", "renamed", 4, True),
     "torn ends of the journal stay": (torn_ends_stay, "journal", "half", 2, False),
     "an evaluation is not made again": (resumed(forget_evaluation), "evaluations", "opened", 2, False),
