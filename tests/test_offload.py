@@ -51,7 +51,7 @@ def modules(model: nn.Module) -> list[nn.Module]:
 def texts(count=3) -> object:
     generator = torch.Generator().manual_seed(1)
     ids = torch.randint(5, 100, (count, 12), generator=generator).tolist()
-    return stack([Tokens(tuple(row), tuple(row)) for row in ids])
+    return stack([Tokens(tuple(row), tuple(row), rivals=((7, (3, 102)), (9, (4,)))) for row in ids])
 
 
 def logits(model: nn.Module) -> torch.Tensor:

@@ -29,7 +29,7 @@ from zo_engine.tasks.text import (
     token_losses,
 )
 from zo_engine.texts import Example, Message
-from zo_engine.tokens import IGNORED, Tokens, choices
+from zo_engine.tokens import IGNORED, Tokens, choices, contrasted
 
 CLASSES = list(tiny.LANGUAGE_MODELS)
 
@@ -38,13 +38,17 @@ def talk(*contents: str) -> tuple[Message, ...]:
     return tuple(Message("user" if i % 2 == 0 else "assistant", text) for i, text in enumerate(contents))
 
 
-def some_tokens(count: int = 5, seed: int = 0) -> list[Tokens]:
-    """Of different lengths, each learning a part of its own."""
+def some_tokens(count: int = 5, seed: int = 0, choices: bool = False) -> list[Tokens]:
+    """Of different lengths, each learning a part of its own; with choices, all but the first part from others in two
+    places, from two in the last one."""
     rng, made = np.random.default_rng(seed), []
-    for _ in range(count):
+    for number in range(count):
         ids = tuple(rng.integers(3, 259, rng.integers(6, 24)).tolist())
         start = int(rng.integers(0, len(ids) - 2))
-        made.append(Tokens(ids, (IGNORED,) * start + ids[start:]))
+        other = lambda i, ids=ids: (ids[i] + 7) % 259  # noqa: E731
+        last = len(ids) - 1
+        rivals = ((last - 1, (other(last - 1),)), (last, (other(last), (other(last) + 7) % 259)))
+        made.append(Tokens(ids, (IGNORED,) * start + ids[start:], rivals=rivals if choices and number else ()))
     return made
 
 
@@ -150,10 +154,11 @@ def test_padding_and_what_stands_in_it_change_no_loss(kind):
         assert torch.allclose(token_losses(model, stack([*examples, longer], pad))[:3], plain, rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("choices", [False, True])
 @pytest.mark.parametrize("exact", [True, False])
-def test_the_model_of_the_loss_is_half_the_exact_gauss_newton_matrix_and_gradient(exact):
+def test_the_model_of_the_loss_is_half_the_exact_gauss_newton_matrix_and_gradient(exact, choices):
     """In fp64 (Llama has norms in fp32), against automatic differentiation; with few buckets, up to what is lost."""
-    model, batch, count = tiny.language_model("opt").double(), stack(some_tokens(3)), 5
+    model, batch, count = tiny.language_model("opt").double(), stack(some_tokens(3, choices=choices)), 5
     weight = model.get_parameter("model.decoder.layers.2.fc2.weight")
     plain, layout = weight.data.clone(), Layout({"w": tuple(weight.shape)})
     newton = GaussNewton(layout, [layout], seed=1, per_part=[count], eps=1e-6)
@@ -187,11 +192,39 @@ def test_the_model_of_the_loss_is_half_the_exact_gauss_newton_matrix_and_gradien
         difference = p - torch.nn.functional.one_hot(target, p.shape[1])
         expected_slope += torch.einsum("nvk,nv->k", j, difference) / learnt.sum() / 2 / len(batch)
         expected_loss += torch.nn.functional.cross_entropy(logits(at), target).item() / len(batch)
+        for place, others in enumerate(one.rivals[0, 1:][learnt]):
+            if not (others := others[others != IGNORED]).numel():
+                continue
+            among = torch.cat([target[place, None], others])
+            j_among, p_among = j[place, among], p[place, among] / p[place, among].sum()
+            curvature = torch.diag(p_among) - p_among[:, None] * p_among
+            expected_gram += j_among.T @ curvature @ j_among / 2 / len(batch)
+            expected_slope += j_among.T @ (p_among - torch.eye(len(among))[0]) / 2 / len(batch)
+            expected_loss -= p_among[0].log().item() / len(batch)
     loose = 0.0 if exact else 0.3 * expected_gram.diagonal().mean().item()
     torch.testing.assert_close(gram, expected_gram, rtol=1e-4, atol=1e-8 + loose)
     torch.testing.assert_close(slope, expected_slope, rtol=1e-4, atol=1e-6)
     assert loss == pytest.approx(expected_loss, rel=1e-10)
     assert exact == bool(torch.allclose(gram, expected_gram, rtol=1e-4, atol=1e-8))
+
+
+@pytest.mark.parametrize("words", [("good", "bad"), ("good", "goods", "gone", "bad")])
+def test_the_loss_of_a_choice_is_its_likelihood_where_only_choices_can_be_written(folders, words):
+    folder = folders("llama")
+    tokenizer, model = load_tokenizer(folder), load_language_model(folder, quantization="none").double()
+    example = Example(1, talk("say it", words[0]), choices=words)
+    options = choices(tokenizer, example, 64)
+    right = contrasted(options[0], options)
+    logs = model(torch.tensor([right.ids])).logits[0].double().log_softmax(-1)
+    expected, alive = 0.0, [option.ids for option in options]
+    for place in range(1, len(right.ids)):
+        following = sorted({ids[place] for ids in alive})
+        among = logs[place - 1, following].log_softmax(-1)
+        expected -= among[following.index(right.ids[place])].item()
+        alive = [ids for ids in alive if ids[place] == right.ids[place]]
+    assert len(alive) == 1 and expected > 0.1
+    alone, chosen = (token_losses(model, stack([t])).item() for t in (options[0], right))
+    assert chosen - alone == pytest.approx(expected, rel=1e-6)
 
 
 def test_likelihoods_of_tokens_are_those_of_the_models_own_logits_and_make_the_loss():
@@ -216,14 +249,16 @@ def test_a_sketch_keeps_inner_products_up_to_its_size():
         assert (found - exact).abs().max() <= error * exact.diagonal().mean()
 
 
-def test_features_do_not_depend_on_the_neighbours_but_for_positions_where_only_they_learn():
-    model, batch = tiny.language_model().double(), stack(some_tokens(4))
+@pytest.mark.parametrize("choices", [False, True])
+def test_features_do_not_depend_on_the_neighbours_but_for_positions_where_only_they_learn(choices):
+    model, batch = tiny.language_model().double(), stack(some_tokens(4, choices=choices))
     together = token_features(model, batch)
     torch.testing.assert_close(together[:, 0], token_losses(model, batch))
     for row in range(4):
         alone = token_features(model, batch.take(torch.tensor([row])))[0]
         found = together[row]
-        assert found[1:].square().sum() == pytest.approx(2)  # probabilities of each token sum to one
+        places = 2 if choices and row else 0
+        assert found[1:].square().sum() == pytest.approx(2 + 2 * places)  # probabilities of each token sum to one
         torch.testing.assert_close(found[found != 0], alone[alone != 0])
 
 

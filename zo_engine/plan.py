@@ -242,8 +242,12 @@ def task(model: nn.Module, work: Work, device: str = "meta") -> tuple[Any, Calla
     count, config = work.batch, model.config
     make = lambda *shape, dtype=torch.float32: torch.zeros(*shape, dtype=dtype, device=device)  # noqa: E731
     if work.size is None:
-        tokens = make(count, work.length, dtype=torch.int64)
-        return Texts(tokens, tokens + 1, tokens), lambda b: token_features(model, b), lambda b: token_losses(model, b)
+        tokens, rivals = (make(count, work.length, *more, dtype=torch.int64) for more in ((), (0,)))
+        return (
+            Texts(tokens, tokens + 1, tokens, rivals),
+            lambda b: token_features(model, b),
+            lambda b: token_losses(model, b),
+        )
     latents = make(count, config.in_channels, work.size[1] // 8, work.size[0] // 8)
     prompt = make(count, work.length, config.joint_attention_dim)
     batch = Pictures(latents, latents, make(count), prompt, make(count, config.pooled_projection_dim), make(count) + 1)

@@ -7,7 +7,7 @@ believed; else a turn is what rendering adds to the conversation before it, whic
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -23,12 +23,14 @@ IGNORED = -100  # what cross_entropy of torch passes over
 
 @dataclass(frozen=True)
 class Tokens:
-    """One example: `ids` [T], and `labels` [T], which are the ids themselves or IGNORED. `cut`: tokens left off."""
+    """One example: `ids` [T], and `labels` [T], which are the ids themselves or IGNORED. `cut`: tokens left off.
+    `rivals`: (place, tokens) wherever other choices of an answer would go on with other tokens."""
 
     ids: tuple[int, ...]
     labels: tuple[int, ...]
     line: int = 0
     cut: int = 0
+    rivals: tuple[tuple[int, tuple[int, ...]], ...] = ()
 
     @property
     def learnt(self) -> int:
@@ -105,6 +107,17 @@ def choices(tokenizer: PreTrainedTokenizerBase, example: Example, length: int) -
         for choice in example.choices
     ]
     return render(tokenizer, options, length).examples
+
+
+def contrasted(example: Tokens, options: Sequence[Tokens]) -> Tokens:
+    """The example with its rivals: the token of each other option at the first place where that parts from it."""
+    rivals: dict[int, set[int]] = {}
+    for option in options:
+        triples = enumerate(zip(example.ids, example.labels, option.ids, strict=False))
+        parted = next(((place, label, other) for place, (mine, label, other) in triples if mine != other), None)
+        if parted and parted[1] != IGNORED:
+            rivals.setdefault(parted[0], set()).add(parted[2])
+    return replace(example, rivals=tuple((place, tuple(sorted(rivals[place]))) for place in sorted(rivals)))
 
 
 def prompt_ids(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> list[int]:

@@ -1,6 +1,7 @@
 """The one loop: every step nudges the scales along random directions and writes a line in the journal."""
 
 import dataclasses
+import functools
 import hashlib
 import json
 import math
@@ -438,6 +439,12 @@ def prepare_texts(recipe: Recipe, cache_folder: Path, say: Callable[[str], None]
         for example, _ in judged[: recipe.evaluate_items]
         if example.choices
     ]
+
+    @functools.cache
+    def contrast(example: tokens.Tokens) -> tokens.Tokens:
+        text = by_line[example.line]
+        return tokens.contrasted(example, tokens.choices(tokenizer, text, length)) if text.choices else example
+
     plain = contents.mapping.form == "text"
     asked = [(Message("user", prompt),) for prompt in recipe.prompts]
     prompts = asked or begun([example for example, _ in (*held_out, *train)])
@@ -452,7 +459,8 @@ def prepare_texts(recipe: Recipe, cache_folder: Path, say: Callable[[str], None]
                         [request(e) for e, _ in judged[: recipe.evaluate_items]],
                         seed=recipe.seed, most=recipe.answer_tokens, device=device)  # fmt: skip
     else:
-        task = Language(model, learnt(train), learnt(judged), questions, seed=recipe.seed, device=device)
+        task = Language(model, learnt(train), learnt(judged), questions, seed=recipe.seed, device=device,
+                        contrast=contrast)  # fmt: skip
     return Studio(
         recipe=recipe,
         code_hash=models.code_hash(model),

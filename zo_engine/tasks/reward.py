@@ -96,7 +96,8 @@ class Rewarded:
 
     def _asked(self, numbers: Sequence[int], seeds: Sequence[int]) -> Asked:
         tokens, mask = left_padded([self.prompts[n].ids for n in numbers], padding(self.tokenizer))
-        parts = (tokens, mask, torch.full_like(tokens, IGNORED), torch.tensor(numbers), torch.tensor(seeds))
+        labels = torch.full_like(tokens, IGNORED)
+        parts = (tokens, mask, labels, labels[..., None][..., :0], torch.tensor(numbers), torch.tensor(seeds))
         return Asked(*parts).to(self.device)
 
     def batch(self, step: int, size: int, stream: int = TRAINING) -> Asked:
@@ -121,7 +122,7 @@ class Rewarded:
         answers = [self._learnt(self.prompts[int(asked.number[i])], written[i]) for i in chosen]
         batch = stack(answers, padding(self.tokenizer))
         weights = (weight[chosen] / weight[chosen].mean()).float()
-        return Answered(batch.tokens, batch.mask, batch.labels, weights).to(self.device)
+        return Answered(batch.tokens, batch.mask, batch.labels, batch.rivals, weights).to(self.device)
 
     def trial(self, step: int, size: int) -> Judged:
         """What its moves are tried on: TRIED times `size` answers of the model as it stands to other prompts."""
@@ -131,7 +132,7 @@ class Rewarded:
                       padding(self.tokenizer)).to(self.device)  # fmt: skip
         worth = torch.tensor(self._rewards(asked, written), device=self.device)
         before = torch.cat([token_likelihoods(self.model, batch.take(i)) for i in torch.arange(len(batch)).split(size)])
-        return Judged(batch.tokens, batch.mask, batch.labels, worth, worth - worth.mean(), before)
+        return Judged(batch.tokens, batch.mask, batch.labels, batch.rivals, worth, worth - worth.mean(), before)
 
     def _learnt(self, prompt: Prompt, written: list[int]) -> Tokens:
         return Tokens((*prompt.ids, *written), (IGNORED,) * len(prompt.ids) + tuple(written))

@@ -31,6 +31,7 @@ class Batch:
     tokens: Tensor  # [B, T] int64
     mask: Tensor  # [B, T] int64, 1 on tokens and 0 on padding
     labels: Tensor  # [B, T] int64, IGNORED where nothing is learnt
+    rivals: Tensor  # [B, T, m] int64: `Tokens.rivals`, filled up with IGNORED; m is 0 where nobody has any
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -51,15 +52,24 @@ def stack(examples: Sequence[Tokens], filler: int = 0) -> Batch:
 
     ids = [example.ids for example in examples]
     mask = padded([(1,) * len(row) for row in ids], 0)
-    return Batch(padded(ids, filler), mask, padded([example.labels for example in examples], IGNORED))
+    most = max(len(others) for example in examples for _, others in (*example.rivals, (0, ())))
+    rivals = torch.full((len(examples), longest, most), IGNORED)
+    for row, example in zip(rivals, examples, strict=True):
+        for place, others in example.rivals:
+            row[place, : len(others)] = torch.tensor(others)
+    return Batch(padded(ids, filler), mask, padded([example.labels for example in examples], IGNORED), rivals)
 
 
 def token_losses(model: nn.Module, batch: Batch) -> Tensor:
     """Mean cross-entropy of the learnt tokens, one per example [B], reduced in fp32 (fp64 stays fp64).
 
-    As the loss of transformers' causal models (`loss_utils.ForCausalLMLoss`) on each example alone. Logits are widened
-    to fp32 one example at a time: with a vocabulary of 10^5 they would outgrow everything else. Where the output layer
-    is large they are not even made at once: see `Reading`.
+    As the loss of transformers' causal models (`loss_utils.ForCausalLMLoss`) on each example alone. Where an example
+    has rivals, the cross-entropy of its token among them is added, wherever they part: together, minus the
+    log-likelihood of the right choice where only choices can be written. Which choice is right is a small part of what
+    an answer's tokens say, and all that is asked.
+
+    Logits are widened to fp32 one example at a time: with a vocabulary of 10^5 they would outgrow everything else.
+    Where the output layer is large they are not even made at once: see `Reading`.
     """
     return torch.stack([reading.loss() for reading in _readings(model, batch, 0)])
 
@@ -76,13 +86,15 @@ def token_features(model: nn.Module, batch: Batch, most: int = FEATURES) -> Tens
     Where some token is learnt, with logits z and p = softmax(z), the cross-entropy has the Hessian diag(p) - pp' in z,
     and the Gauss-Newton matrix of the mean over n such tokens is the mean of J' (diag(p) - pp') J (Martens,
     arXiv:1412.1193, section 8). Square roots of p measure just that: d sqrt(p) = sqrt(p) (dz - p'dz) / 2, so that
-    |d sqrt(p)|^2 = dz' (diag(p) - pp') dz / 4. Features f = sqrt(2 p / n) thus have half that matrix as J'J.
+    |d sqrt(p)|^2 = dz' (diag(p) - pp') dz / 4. Features f = sqrt(2 p / n) thus have half that matrix as J'J, and
+    sqrt(2 p) that of a choice, with p the softmax among a token and its rivals.
 
     m is the number of positions where some example of the batch learns, times the vocabulary; above `most`, each
     position's features are added up in `most` / positions buckets with random signs (count sketch, Charikar, Chen,
-    Farach-Colton 2002): inner products, all that the method reads, stay right in expectation over the signs.
+    Farach-Colton 2002): inner products, all that the method reads, stay right in expectation over the signs. Where
+    there are rivals, the features of the choices follow.
     """
-    return torch.stack([torch.cat([r.loss()[None], r.features().flatten()]) for r in _readings(model, batch, most)])
+    return torch.stack([torch.cat([r.loss()[None], r.features()]) for r in _readings(model, batch, most)])
 
 
 def sketched(values: Tensor, buckets: int, start: int = 0, size: int = 0) -> Tensor:
@@ -110,9 +122,10 @@ class Reading:
     of exp(highest logit so far). That differs from what is read at once by rounding alone.
     """
 
-    def __init__(self, labels: Tensor, most: int):
-        """labels: [n]. most: features at most; with 0 there are none."""
+    def __init__(self, labels: Tensor, rivals: Tensor, most: int):
+        """labels: [n]. rivals: [n, m]. most: features at most; with 0 there are none."""
         self.labels, self.buckets, self.most = labels, most // max(1, len(labels)), most
+        self.asked = torch.cat([labels[:, None], rivals], 1)  # [n, 1 + m]
         self.logits: Tensor | None = None  # where they come at once
 
     def add(self, logits: Tensor, start: int, size: int) -> None:
@@ -122,10 +135,10 @@ class Reading:
             return
         if start == 0:
             self.top = logits.new_full((len(logits),), torch.finfo(logits.dtype).min)
-            self.total, self.right, self.sketch = torch.zeros_like(self.top), torch.zeros_like(self.top), 0.0
-        inside = (self.labels >= start) & (self.labels < start + logits.shape[1])
-        index = (self.labels - start).clamp(0, logits.shape[1] - 1)
-        self.right = torch.where(inside, logits.gather(1, index[:, None])[:, 0], self.right)
+            self.total, self.found, self.sketch = torch.zeros_like(self.top), logits.new_zeros(self.asked.shape), 0.0
+        inside = (self.asked >= start) & (self.asked < start + logits.shape[1])
+        index = (self.asked - start).clamp(0, logits.shape[1] - 1)
+        self.found = torch.where(inside, logits.gather(1, index), self.found)
         top = torch.maximum(self.top, logits.amax(1))
         before = (self.top - top).exp()  # what was summed so far, in the new unit
         mine = (logits - top[:, None]).exp_()
@@ -134,51 +147,69 @@ class Reading:
             self.sketch = self.sketch * before.sqrt()[:, None] + sketched(mine.sqrt_(), self.buckets, start, size)
 
     def loss(self) -> Tensor:
-        """Mean cross-entropy of the learnt tokens."""
+        """Mean cross-entropy of the learnt tokens, and that of the choices."""
         if self.logits is not None:
-            return cross_entropy(self.logits, self.labels, ignore_index=IGNORED)
-        learnt = self.labels != IGNORED
-        return ((self.top + self.total.log() - self.right) * learnt).sum() / learnt.sum()
+            loss = cross_entropy(self.logits, self.labels, ignore_index=IGNORED)
+        else:
+            loss = self.losses().sum() / (self.labels != IGNORED).sum()
+        return loss - self._choices().log_softmax(1)[:, 0].sum() if self._parted.any() else loss
 
     def losses(self) -> Tensor:
         """Cross-entropy of each learnt token [n], 0 at the other places."""
         if self.logits is not None:
             return cross_entropy(self.logits, self.labels, ignore_index=IGNORED, reduction="none")
-        return (self.top + self.total.log() - self.right) * (self.labels != IGNORED)
+        return (self.top + self.total.log() - self.found[:, 0]) * (self.labels != IGNORED)
 
     def features(self) -> Tensor:
-        """[n, V], or [n, buckets] where V is more."""
+        """[n * V], or [n * buckets] where V is more; and [n * (1 + m)] of the choices, if there are any."""
         learnt = self.labels != IGNORED
         share = 2 * learnt[:, None] / learnt.sum()
         if self.logits is not None:
-            return sketched((self.logits.softmax(-1) * share).sqrt(), self.buckets)
-        return self.sketch * (share / self.total[:, None]).sqrt()
+            found = sketched((self.logits.softmax(-1) * share).sqrt(), self.buckets)
+        else:
+            found = self.sketch * (share / self.total[:, None]).sqrt()
+        if self.asked.shape[1] == 1:
+            return found.flatten()
+        chosen = torch.zeros_like(self.asked, dtype=found.dtype)
+        chosen[self._parted] = (2 * self._choices().softmax(1)).sqrt()
+        return torch.cat([found.flatten(), chosen.flatten()])
+
+    @property
+    def _parted(self) -> Tensor:
+        """[n]: where there are rivals."""
+        return (self.asked[:, 1:] != IGNORED).any(1)
+
+    def _choices(self) -> Tensor:
+        """The logits of each token and its rivals [places that have some, 1 + m]."""
+        asked, parted = self.asked, self._parted
+        found = self.found if self.logits is None else self.logits.gather(1, asked.clamp(min=0))
+        return found.masked_fill(asked == IGNORED, -torch.inf)[parted]
 
 
 def _readings(model: nn.Module, batch: Batch, most: int) -> Iterator[Reading]:
     """The logits of every example at the positions where some example learns: they are made for no others."""
     places = _places(batch)
-    labels = batch.labels[:, places + 1]
+    asked = [batch.labels[:, places + 1], batch.rivals[:, places + 1]]
+    readings = (Reading(*row, most) for row in zip(*asked, strict=True))
     call = partial(model, input_ids=batch.tokens, attention_mask=batch.mask, use_cache=False, logits_to_keep=places)
     head = model.get_output_embeddings()
     parts = head_parts(head)
     if len(parts) < 2:
-        for row, label in zip(_wide(call().logits), labels, strict=True):
-            reading = Reading(label, most)
+        for row, reading in zip(_wide(call().logits), readings, strict=True):
             reading.add(row, 0, row.shape[1])
             yield reading
         return
-    asked, kinds = [], []  # what the output layer is asked, and how the layers before it answer
+    inputs, kinds = [], []  # what the output layer is asked, and how the layers before it answer
     base, size, start = model.get_decoder(), head.out_features, 0
 
     def answered(*args, plain: Callable = base.forward, **kwargs):
         kinds.append(type(answer := plain(*args, **kwargs)))
         return answer
 
-    with _answering(base, answered), _answering(head, lambda x: asked.append(x) or x[..., :1]):
+    with _answering(base, answered), _answering(head, lambda x: inputs.append(x) or x[..., :1]):
         call()
-    readings = [Reading(label, most) for label in labels]
-    again = lambda *_, **__: kinds[0](last_hidden_state=asked[0])  # noqa: E731
+    readings = list(readings)
+    again = lambda *_, **__: kinds[0](last_hidden_state=inputs[0])  # noqa: E731
     for part in parts:  # the model's own way from there to logits, for a piece of them
         with _answering(base, again), _answering(head, part):
             logits = model(input_ids=batch.tokens, use_cache=False).logits  # [B, places, v]
@@ -236,15 +267,21 @@ class Language:
         *,
         seed: int,
         device: torch.device | str = "cpu",
+        contrast: Callable[[Tokens], Tokens] = lambda example: example,
     ):
-        """questions: held-out examples with a choice of answers, for the accuracy."""
+        """questions: held-out examples with a choice of answers, for the accuracy. contrast: gives an example its
+        rivals when its turn has come (`tokens.contrasted`)."""
+        self.contrast = contrast
         self.model, self.train, self.held_out, self.questions = model, list(train), list(held_out), list(questions)
         self.seed, self.device = seed, device
 
     def batch(self, step: int, size: int, stream: int = TRAINING) -> Batch:
         """The batch of a step: a pure function of (seed, step, stream)."""
         rng = np.random.Generator(np.random.Philox(key=self.seed, counter=[0, 0, stream, step]))
-        return stack([self.train[i] for i in turns(rng, len(self.train), size)]).to(self.device)
+        return self._stacked([self.train[i] for i in turns(rng, len(self.train), size)])
+
+    def _stacked(self, examples: Sequence[Tokens]) -> Batch:
+        return stack([self.contrast(example) for example in examples]).to(self.device)
 
     def lesson(self, step: int, size: int) -> Batch:
         """What a Gauss-Newton step learns from: the batch of the step."""
@@ -257,7 +294,7 @@ class Language:
     def evaluation(self, items: int) -> list[Batch]:
         """The fixed examples of the held-out loss, `items` at most: examples of like length together."""
         chosen = sorted(self.held_out[:items], key=lambda example: len(example.ids))
-        return [stack(chosen[i : i + 64]).to(self.device) for i in range(0, len(chosen), 64)]
+        return [self._stacked(chosen[i : i + 64]) for i in range(0, len(chosen), 64)]
 
     def losses(self, batch: Batch) -> Tensor:
         """[B]: see `token_losses`."""
