@@ -17,6 +17,7 @@ from zo_engine.quantize import quantized_layers
 from zo_engine.scales import find_scales, prove_live
 from zo_engine.tasks.diffusion import HELD_OUT, TRAINING
 from zo_engine.tasks.text import (
+    CHOICE,
     FEATURES,
     Language,
     answers,
@@ -161,7 +162,7 @@ def test_the_model_of_the_loss_is_half_the_exact_gauss_newton_matrix_and_gradien
     model, batch, count = tiny.language_model("opt").double(), stack(some_tokens(3, choices=choices)), 5
     weight = model.get_parameter("model.decoder.layers.2.fc2.weight")
     plain, layout = weight.data.clone(), Layout({"w": tuple(weight.shape)})
-    newton = GaussNewton(layout, [layout], seed=1, per_part=[count], eps=1e-6)
+    newton = GaussNewton(layout, [layout], seed=1, per_part=[count], eps=1e-7)
 
     def outcomes(part, probes, fresh):
         rows = []
@@ -197,10 +198,10 @@ def test_the_model_of_the_loss_is_half_the_exact_gauss_newton_matrix_and_gradien
                 continue
             among = torch.cat([target[place, None], others])
             j_among, p_among = j[place, among], p[place, among] / p[place, among].sum()
-            curvature = torch.diag(p_among) - p_among[:, None] * p_among
+            curvature = CHOICE * (torch.diag(p_among) - p_among[:, None] * p_among)
             expected_gram += j_among.T @ curvature @ j_among / 2 / len(batch)
-            expected_slope += j_among.T @ (p_among - torch.eye(len(among))[0]) / 2 / len(batch)
-            expected_loss -= p_among[0].log().item() / len(batch)
+            expected_slope += CHOICE * j_among.T @ (p_among - torch.eye(len(among))[0]) / 2 / len(batch)
+            expected_loss -= CHOICE * p_among[0].log().item() / len(batch)
     loose = 0.0 if exact else 0.3 * expected_gram.diagonal().mean().item()
     torch.testing.assert_close(gram, expected_gram, rtol=1e-4, atol=1e-8 + loose)
     torch.testing.assert_close(slope, expected_slope, rtol=1e-4, atol=1e-6)
@@ -224,7 +225,7 @@ def test_the_loss_of_a_choice_is_its_likelihood_where_only_choices_can_be_writte
         alive = [ids for ids in alive if ids[place] == right.ids[place]]
     assert len(alive) == 1 and expected > 0.1
     alone, chosen = (token_losses(model, stack([t])).item() for t in (options[0], right))
-    assert chosen - alone == pytest.approx(expected, rel=1e-6)
+    assert chosen - alone == pytest.approx(CHOICE * expected, rel=1e-6)
 
 
 def test_likelihoods_of_tokens_are_those_of_the_models_own_logits_and_make_the_loss():
@@ -258,7 +259,9 @@ def test_features_do_not_depend_on_the_neighbours_but_for_positions_where_only_t
         alone = token_features(model, batch.take(torch.tensor([row])))[0]
         found = together[row]
         places = 2 if choices and row else 0
-        assert found[1:].square().sum() == pytest.approx(2 + 2 * places)  # probabilities of each token sum to one
+        assert found[1:].square().sum() == pytest.approx(
+            2 + 2 * CHOICE * places
+        )  # probabilities of each token sum to one
         torch.testing.assert_close(found[found != 0], alone[alone != 0])
 
 

@@ -22,6 +22,7 @@ from zo_engine.texts import Message
 from zo_engine.tokens import IGNORED, Tokens, beginning_ids, prompt_ids
 
 FEATURES = 1 << 15  # of one row of a probe, at most
+CHOICE = 3.0  # weight of which choice is right, beside the mean over an answer's tokens
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,7 @@ def token_losses(model: nn.Module, batch: Batch) -> Tensor:
     """Mean cross-entropy of the learnt tokens, one per example [B], reduced in fp32 (fp64 stays fp64).
 
     As the loss of transformers' causal models (`loss_utils.ForCausalLMLoss`) on each example alone. Where an example
-    has rivals, the cross-entropy of its token among them is added, wherever they part: together, minus the
+    has rivals, CHOICE times the cross-entropy of its token among them is added, wherever they part: together, minus the
     log-likelihood of the right choice where only choices can be written. Which choice is right is a small part of what
     an answer's tokens say, and all that is asked.
 
@@ -87,7 +88,7 @@ def token_features(model: nn.Module, batch: Batch, most: int = FEATURES) -> Tens
     and the Gauss-Newton matrix of the mean over n such tokens is the mean of J' (diag(p) - pp') J (Martens,
     arXiv:1412.1193, section 8). Square roots of p measure just that: d sqrt(p) = sqrt(p) (dz - p'dz) / 2, so that
     |d sqrt(p)|^2 = dz' (diag(p) - pp') dz / 4. Features f = sqrt(2 p / n) thus have half that matrix as J'J, and
-    sqrt(2 p) that of a choice, with p the softmax among a token and its rivals.
+    sqrt(2 CHOICE p) that of a choice, with p the softmax among a token and its rivals.
 
     m is the number of positions where some example of the batch learns, times the vocabulary; above `most`, each
     position's features are added up in `most` / positions buckets with random signs (count sketch, Charikar, Chen,
@@ -152,7 +153,7 @@ class Reading:
             loss = cross_entropy(self.logits, self.labels, ignore_index=IGNORED)
         else:
             loss = self.losses().sum() / (self.labels != IGNORED).sum()
-        return loss - self._choices().log_softmax(1)[:, 0].sum() if self._parted.any() else loss
+        return loss - CHOICE * self._choices().log_softmax(1)[:, 0].sum() if self._parted.any() else loss
 
     def losses(self) -> Tensor:
         """Cross-entropy of each learnt token [n], 0 at the other places."""
@@ -171,7 +172,7 @@ class Reading:
         if self.asked.shape[1] == 1:
             return found.flatten()
         chosen = torch.zeros_like(self.asked, dtype=found.dtype)
-        chosen[self._parted] = (2 * self._choices().softmax(1)).sqrt()
+        chosen[self._parted] = (2 * CHOICE * self._choices().softmax(1)).sqrt()
         return torch.cat([found.flatten(), chosen.flatten()])
 
     @property
