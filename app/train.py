@@ -113,13 +113,16 @@ class Training:
         timer = gr.Timer(PERIOD)
         watched = [seen, wanted, live, chooser, card, preview, save, stop, resume, compare, why, charts, method, at,
                    previews, log, timer]  # fmt: skip
-        asked = [run, seen, at]
+        # what is read at every look is no component that a look may change: Gradio would keep each of its versions
+        chosen = gr.State(ALL)
+        watched.append(chosen)
+        asked = [run, seen, chosen]
         quiet = {"show_progress": "hidden", "api_visibility": "private"}
         gr.on([draft.change, known.change, tab.select], plainly(self.show), [draft, filled], view, **quiet)
         for name, field in self.fields.items():
             change = plainly(partial(self.change, name))
-            chosen = isinstance(field, gr.Dropdown | gr.Checkbox | gr.Radio)
-            events = [field.input] if chosen else [field.blur, field.submit]
+            picked = isinstance(field, gr.Dropdown | gr.Checkbox | gr.Radio)
+            events = [field.input] if picked else [field.blur, field.submit]
             changed = gr.on(events, change, [draft, filled, field], [filled, *about, field], **quiet)
             changed.failure(lambda: {}, None, filled, **quiet)  # what was refused is put right at the next look
         planning.tick(plainly(self.planned), draft, about, trigger_mode="once", **quiet)
@@ -136,7 +139,8 @@ class Training:
         charts.pick(self.pick, asked, watched, **quiet).then(None, js=LOOK_AT_THE_PICTURES)
         compare.click(lambda: gr.Tabs(selected="result"), None, tabs, **quiet)
         chooser.input(self.choose, chooser, run, **quiet)
-        gr.on([run.change, tab.select, at.input], self.watch, asked, watched, **quiet)
+        at.input(lambda at: at, at, chosen, **quiet).then(self.watch, asked, watched, **quiet)
+        gr.on([run.change, tab.select], self.watch, asked, watched, **quiet)
         timer.tick(self.watch, asked, watched, trigger_mode="once", concurrency_limit=None, **quiet)
 
     # The settings
@@ -304,6 +308,7 @@ class Training:
             return self.watch(run, seen, at)
         seen, *parts = self.watch(run, seen, f"step {nearest:,}")
         parts[PARTS.index("at")] = gr.Dropdown(value=f"step {nearest:,}")
+        parts[PARTS.index("chosen")] = f"step {nearest:,}"
         return [seen, *parts]
 
     def choose(self, run: str) -> str:
@@ -344,6 +349,7 @@ class Training:
             "charts": (run, drawn(len(series.journal)), drawn(len(series.evaluations)), len(steps_drawn)),
             "method": (run, drawn(len(series.journal))),
             "at": (run, *steps_drawn),
+            "chosen": left,
             "previews": (run, shots, at, standing.live),
             "log": tuple(self.place.jobs.job(run).log(3)),
             "timer": standing.live,
@@ -370,6 +376,7 @@ class Training:
                 **{"value": ALL} if left else {},
                 label="Pictures of" if unit == "pictures" else "Answers of",
             ),
+            "chosen": lambda: ALL if left else gr.skip(),
             "previews": lambda: (
                 figures.previews(folder, run, prompts_of(settings), choices[at], coming)
                 if unit == "pictures"
@@ -381,12 +388,14 @@ class Training:
         return self._fresh(seen, {k: f() if seen.get(k) != marks[k] else gr.skip() for k, f in make.items()}, marks)
 
     def _fresh(self, seen: dict, parts: dict, marks: dict) -> list:
-        return [marks, *(parts[name] for name in PARTS)]
+        """The parts in their order. A text comes as an update: Gradio would keep a bare one that follows an update
+        beside all earlier ones, for as long as the page is open."""
+        return [marks, *(gr.update(value=p) if isinstance(p, str) else p for p in (parts[name] for name in PARTS))]
 
 
 PARTS = (
     "settings", "live", "chooser", "card", "preview", "save", "stop", "resume", "compare", "why", "charts", "method",
-    "at", "previews", "log", "timer",
+    "at", "previews", "log", "timer", "chosen",
 )  # fmt: skip
 
 

@@ -1,5 +1,6 @@
 """The page: what it keeps on disk, what it starts and finds again, who may ask, and what it says of bad input."""
 
+import asyncio
 import base64
 import dataclasses
 import io
@@ -31,7 +32,7 @@ from app.guard import TRIES, Guard  # noqa: E402
 from app.history import History  # noqa: E402
 from app.jobs import JobError, Jobs, Standing  # noqa: E402
 from app.model import Models  # noqa: E402
-from app.page import serve  # noqa: E402
+from app.page import build, serve  # noqa: E402
 from app.pictures import Pictures, summary  # noqa: E402
 from app.place import Place  # noqa: E402
 from app.plainly import plainly  # noqa: E402
@@ -99,6 +100,26 @@ def test_the_page_is_built_without_torch(tmp_path):
     )
     done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], cwd=CHECKOUT, capture_output=True, text=True)
     assert done.stdout == "[]\n", done.stderr
+
+
+def test_a_page_that_looks_on_keeps_nothing_of_what_it_saw(place):
+    """Gradio gives a component that changes another number, and may keep it beside the one before."""
+    from gradio.state_holder import SessionState
+
+    run = Run.create(place.runs / "shown", place.drafts.example("woodcut").recipe())
+    page = build(place.runs)
+    ticks = [f for f in page.fns.values() if any(event == "tick" for _, event in f.targets)]
+    watch = next(f for f in ticks if len(f.inputs) == 3)
+    state = SessionState(page)
+    state[watch.inputs[0]._id] = "shown"
+    sent, kept = [], []
+    for step in range(1, 7):
+        run.write_status("running", step=step, steps=9)
+        found = asyncio.run(page.process_api(watch, [None] * 3, state=state))
+        sent.append(sum("value" in part for part in found["data"] if part))
+        kept.append(len(state.blocks_config.blocks))
+    assert min(sent) >= 1  # the card, at least, is another each time
+    assert kept[1:] == [kept[1]] * 5
 
 
 def test_the_worker_that_waits_is_light():
@@ -608,7 +629,7 @@ def test_a_run_is_found_again_stopped_killed_and_resumed(place, tiny_folder):
         until(lambda: other.look(name).state == "running" and other.look(name).status["step"] > 0, job)
         seen, *parts = Training(Place(place.runs)).watch(name, {}, ALL)
         shown = dict(zip(PARTS, parts, strict=True))
-        assert "training" in shown["card"] and "a tarot &lt;b&gt;" in shown["previews"]
+        assert "training" in shown["card"]["value"] and "a tarot &lt;b&gt;" in shown["previews"]["value"]
         assert all(part == gr.skip() for part in Training(place)._fresh(seen, dict.fromkeys(seen, gr.skip()), seen)[1:])
         with pytest.raises(JobError, match="still running; stop it first"):
             other.bin(name)
@@ -621,7 +642,7 @@ def test_a_run_is_found_again_stopped_killed_and_resumed(place, tiny_folder):
         until(lambda: len(pictured(other.run(name))) == 2 and other.run(name).style_file.exists(), job)
         assert pictured(other.run(name))[1] >= at and other.run(name).asked() == set()
         picked = Training(place).pick(name, {}, ALL, SimpleNamespace(step=at))
-        assert 'class="shots pair"' in dict(zip(PARTS, picked[1:], strict=True))["previews"]
+        assert 'class="shots pair"' in dict(zip(PARTS, picked[1:], strict=True))["previews"]["value"]
         until(lambda: other.look(name).state == "running" and "one_step" in other.look(name).status, job)
 
         job.process().suspend()
@@ -813,7 +834,7 @@ def test_a_conversation_is_kept_and_the_model_stays_loaded(place, language_folde
         until(lambda: jobs.look(run).state == "done", jobs.job(run))
         seen, *parts = Training(place).watch(run, {}, ALL)
         shown = dict(zip(PARTS, parts, strict=True))
-        assert "qzo-answers" in shown["previews"] and shown["at"].label == "Answers of"
+        assert "qzo-answers" in shown["previews"]["value"] and shown["at"].label == "Answers of"
         assert jobs.run(run).status()["tokens"] > 0
         areas = Result(place).show(run)[2:5]
         assert [area.visible for area in areas] == [True, False, True]
