@@ -23,7 +23,7 @@ from zo_engine.apply import open_style
 from zo_engine.hub import ModelError
 from zo_engine.inspection import inspect
 from zo_engine.journal import short
-from zo_engine.models import code_hash, export_language_model, load_language_model, quantized_layers
+from zo_engine.models import Placement, code_hash, export_language_model, load_language_model, quantized_layers
 from zo_engine.noise import directions
 from zo_engine.probes import GainSpace, GroupSpace, Probes, central, evaluate
 from zo_engine.recipe import Recipe
@@ -382,6 +382,21 @@ def test_codebooks_move_in_place_of_scales(qzo, folder, texts, tmp_path, space):
     journal = [json.loads(qzo("apply", run / f"{style}.safetensors", "fine 1", "--json")[1])[0]["answer"]
                for style in ("style", "style-journal")]  # fmt: skip
     assert journal[0] == journal[1]
+
+
+def test_codebooks_that_moved_stream_as_wide_as_they_are(folder, model):
+    outcome = []
+    for one in (model("2x8"), load_language_model(folder("2x8"), quantization="aqlm", placement=Placement(4, 1))):
+        views = find_scales(one, ("codebooks",))
+        for view in views.values():
+            view.put(view.base.float() * 1.0001)  # less than fp16 tells
+        moved = logits(one)
+        for view in views.values():
+            view.restore()
+        outcome.append((moved, logits(one)))
+    for resident, streamed in zip(*outcome, strict=True):
+        assert torch.equal(resident, streamed)
+    assert not torch.equal(*outcome[0])
 
 
 def test_probes_of_codebooks_are_models_with_these_codebooks(folder, model):

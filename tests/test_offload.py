@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,7 @@ from zo_engine import train as training
 from zo_engine.apply import open_style
 from zo_engine.blocks import Level, Prefix, levels
 from zo_engine.models import Placement
+from zo_engine.narrow import FORMS
 from zo_engine.newton import GaussNewton
 from zo_engine.offload import Mover, OffloadError, block_names, tensors
 from zo_engine.probes import GainSpace, GroupSpace, evaluate
@@ -353,6 +355,103 @@ def test_a_level_in_a_model_whose_blocks_stream_counts_its_prefix_once(streamed)
         before = model.mover.loads
         prefix.run(rows, 4, 1, relay)
         assert model.mover.loads - before <= most
+
+
+# Plain weights that travel in fewer bits
+
+
+def rounded(model: nn.Module, form: str, source: nn.Module) -> nn.Module:
+    """A resident plain model with the weights of `source`, rounded row by row as the form's definition has it."""
+    for name, layer in model.named_modules():
+        if type(layer) is not nn.Linear or not name.startswith("model.layers."):
+            continue
+        rows = []
+        for row in source.get_submodule(name).weight.data:
+            factor = 2.0 ** math.ceil(math.log2(row.abs().max().item() / 448)) if form == "fp8" else 1.0
+            rows.append((row / factor).to(FORMS[form]).float() * factor)
+        layer.weight.data = torch.stack(rows).to(layer.weight.dtype)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("form", "away", "slots", "disk", "dtype"),
+    [
+        ("fp8", 4, 1, False, torch.float32),
+        ("fp8", 4, 2, True, torch.bfloat16),
+        ("bf16", 2, 9, False, torch.float32),
+        ("bf16", 4, 2, True, torch.float32),
+    ],
+)
+def test_weights_that_travel_narrow_compute_as_if_rounded(language_folder, tmp_path, form, away, slots, disk, dtype):
+    load = lambda **how: models.load_language_model(language_folder, quantization="none", **{"dtype": dtype} | how)  # noqa: E731
+    plain, expected = logits(load()), rounded(load(), form, load(dtype=torch.float32))
+    placement = Placement(away, slots, tmp_path / "store" if disk else None)
+    narrow = [load(transport=form, placement=placement), load(transport=form)]
+    assert models.code_hash(narrow[0]) == models.code_hash(narrow[1])
+    assert not torch.equal(logits(expected), plain)
+    if disk:
+        assert load(transport=form, placement=placement).mover.from_disk  # the copy is read again
+    outcome = []
+    for model in (expected, *narrow):
+        views = find_scales(model, ("dense",))
+        prove_live(views)
+        found = [logits(model)]
+        for space in (GainSpace(views), GroupSpace(views, relative=False)):
+            theta, probes, batch = some_theta(space), probes_of(space, count=3), texts()
+            rows = lambda index: token_losses(model, batch.take(index))  # noqa: B023, E731
+            found.append(evaluate(space, theta, probes, rows, 4))
+            with space.folded(theta):
+                found += [logits(model), logits(model)]
+            found.append(logits(model))
+        outcome.append(found)
+    for one in outcome[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(one, outcome[0], strict=True))
+
+
+@pytest.mark.parametrize(("form", "share"), [("bf16", 1 / 2), ("fp8", 1 / 4)])
+def test_what_waits_narrow_takes_and_moves_fewer_bytes(language_folder, form, share):
+    load = lambda **how: models.load_language_model(language_folder, quantization="none", **how)  # noqa: E731
+    whole, narrow = (load(transport=t, placement=Placement(4, 2)) for t in ("whole", form))
+    for model in (whole, narrow):
+        logits(model)
+    assert narrow.mover.loads == whole.mover.loads
+    for count in (lambda m: m.moved, lambda m: m.size, lambda m: sum(b.size for b in m.blocks)):
+        assert share <= count(narrow.mover) / count(whole.mover) <= share + 0.03
+    config = json.loads((language_folder / "config.json").read_text())
+    outline = plan.skeleton(config, "none", torch.float32, form)
+    assert plan.sizes(outline)[1] == plan.sizes(load(transport=form))[1]
+
+
+def test_an_exported_narrow_model_is_whole(language_folder, tmp_path):
+    load = lambda folder, **how: models.load_language_model(folder, quantization="none", **how)  # noqa: E731
+    model = load(language_folder, transport="fp8", placement=Placement(4, 2))
+    space = GroupSpace(find_scales(model, ("dense",)), relative=False)
+    with space.folded(some_theta(space)):
+        out, expected = models.export_language_model(language_folder, model, tmp_path / "out"), logits(model)
+    assert torch.equal(logits(load(out)), expected)
+
+
+def test_what_cannot_travel_narrow_is_refused(recipes, tmp_path):
+    with pytest.raises(RecipeError, match='those of quantization "nf4" travel as they are'):
+        dataclasses.replace(recipes["texts"], transport="fp8")
+    plain = dataclasses.replace(recipes["texts"], transport="fp8", quantization="none")
+    with pytest.raises(RecipeError, match="is for blocks that stream, and here none do"):
+        training.prepare(plain, tmp_path)
+
+
+@pytest.mark.parametrize("what", ["pictures", "texts"])
+def test_a_run_whose_weights_travel_narrow_goes_on_as_it_began(recipes, what, tmp_path):
+    read = {"pictures": test_train.results, "texts": test_text_train.results}[what]
+    asked = dataclasses.replace(recipes[what], quantization="none", transport="fp8", offload="cpu")
+    whole = go(training.prepare(asked, tmp_path / "cache"), tmp_path / "whole")
+    other = dataclasses.replace(asked, offload="disk")
+    go(training.prepare(asked, tmp_path / "cache"), tmp_path / "parts", stop_after=1)
+    parts = go(training.prepare(other, tmp_path / "cache"), tmp_path / "parts")
+    assert read(parts) == read(whole)
+    styled = open_style(whole.style_file, tmp_path / "cache", asked.model)  # its recipe says how, without offload
+    assert not hasattr(styled.model, "mover")
+    planned = dataclasses.replace(asked, offload="auto", memory="1GB")
+    assert training.prepare(planned, tmp_path / "cache").code_hash == styled.style.base["code_hash"]
 
 
 # Text encoders

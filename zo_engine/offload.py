@@ -346,7 +346,10 @@ class Mover:
         for i, place in enumerate(block.places):  # a scale that was replaced at home since
             if not _same(place.tensor, slot.sources[i]):
                 slot.sources[i] = place.tensor
-                slot.views[i].copy_(place.tensor.view(slot.views[i].shape))
+                if place.tensor.dtype == slot.views[i].dtype:
+                    slot.views[i].copy_(place.tensor.view(slot.views[i].shape))
+                else:  # wider than its room in the slot, or as narrow again as that
+                    slot.views[i] = place.tensor.to(self.device, copy=True)
                 self.moved += slot.views[i].nbytes
         self._used(slot)
         return slot
@@ -372,7 +375,9 @@ class Mover:
         if slot.filling:
             slot.filling.result()
         slot.block, slot.views = block, block.views(slot.buffer)
-        slot.sources = [place.tensor for place in block.places]
+        # What has no room in the slot comes when the block is visited; till then, as it was taken over.
+        found = [(place.tensor, place.home) for place in block.places]
+        slot.sources = [tensor if tensor.dtype == home.dtype else home for tensor, home in found]
         self.loads += 1
         self.moved += sum(place.home.nbytes for place in block.places)
         if self.reader:

@@ -35,6 +35,7 @@ from zo_engine.blocks import Prefix, Replay, answering, levels, relayed
 from zo_engine.cache import encode
 from zo_engine.hub import MODELS, find, is_language, read_json, text_length
 from zo_engine.models import TEXT_PARTS
+from zo_engine.narrow import FORMS, NarrowLinear
 from zo_engine.newton import TRIES, GaussNewton
 from zo_engine.offload import ALIGNED, Block, block_names, end_names, piece_rows, tensors
 from zo_engine.probes import Probes, Space, evaluate
@@ -141,10 +142,12 @@ def counted(kind: str):
 # A model without weights
 
 
-def skeleton(config: dict, quantization: str = "nf4", dtype: torch.dtype = torch.bfloat16) -> nn.Module:
+def skeleton(
+    config: dict, quantization: str = "nf4", dtype: torch.dtype = torch.bfloat16, transport: str = "whole"
+) -> nn.Module:
     """The model that a config describes, quantised as quantize.load_quantized would, on the meta device.
 
-    config: of a transformers model (with "model_type") or a diffusers model (with "_class_name").
+    config: of a transformers model (with "model_type") or a diffusers model (with "_class_name"). transport: as there.
     Raises PlanError where the libraries do not know it.
     """
     try:
@@ -161,6 +164,9 @@ def skeleton(config: dict, quantization: str = "nf4", dtype: torch.dtype = torch
         raise PlanError(f"this config is not that of a model which the libraries here know: {error}") from error
     kept = get_keys_to_not_convert(model) if isinstance(model, transformers.PreTrainedModel) else []
     linears = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear) and should_convert_module(n, kept)}
+    if transport != "whole":
+        blocks = tuple(f"{block}." for block in block_names(model))
+        quantization, linears = transport, {n: m for n, m in linears.items() if n.startswith(blocks)}
     for name, linear in linears.items() if quantization != "none" else ():
         model.set_submodule(name, _empty_layer(linear, quantization, dtype))
     return model.eval().requires_grad_(False)
@@ -168,6 +174,9 @@ def skeleton(config: dict, quantization: str = "nf4", dtype: torch.dtype = torch
 
 def _empty_layer(linear: nn.Linear, quantization: str, dtype: torch.dtype) -> nn.Module:
     shape, count, meta = (linear.out_features, linear.in_features), linear.weight.numel(), {"device": "meta"}
+    if quantization in FORMS:
+        scales = torch.empty(shape[0], 1, **meta) if quantization == "fp8" else None
+        return NarrowLinear(linear, torch.empty(shape, dtype=FORMS[quantization], **meta), scales, dtype)
     if quantization == "int8":
         layer = bnb.nn.Linear8bitLt(shape[1], shape[0], linear.bias is not None, False, 0.0, device="meta")
         codes, scales = torch.empty(shape, dtype=torch.int8, **meta), torch.empty(shape[0], **meta)
@@ -600,7 +609,7 @@ def phased(
     there = made.resident + made.streaming + made.theta
     away = tuple(f"{name}." for name in block_names(model)[: made.away])
     # Folded scales stand beside the base's own; those of blocks that stream are at home.
-    folded = there + sum(view.base.nbytes for name, view in space.views.items() if not name.startswith(away or "-"))
+    folded = there + _folded(space, away, made.slots)
     found, prompts = {}, len(recipe.prompts) or PROMPTS
     if parts:
         encoders = {name: _part(cls, parts[name], work.dtype) for name, (cls, _) in TEXT_PARTS.items()}
@@ -624,6 +633,20 @@ def phased(
         found["answers"] = folded + _peak(lambda: model(input_ids=tokens, use_cache=True, logits_to_keep=1))
     found["the held-out loss"] = folded + _peak(lambda: _passed(model, work, recipe.evaluate_items, made.rows))
     return dataclasses.replace(made, operations=operations(model, work), phases=found | {"steps": made.device})
+
+
+def _folded(space: Space, away: tuple[str, ...], slots: int) -> int:
+    """Bytes of the device that scales which theta is written into take beside the base's: not those of blocks that are
+    `away`, whose base is at home, but where what is put in place is wider than its room in the slot."""
+    total, wider = 0, dict.fromkeys(away, 0)
+    for name, view in space.views.items():
+        size = view.base.numel() * view.dtype.itemsize
+        block = next((block for block in away if name.startswith(block)), None)
+        if block is None:
+            total += size
+        elif view.dtype != view.base.dtype:
+            wider[block] += size
+    return total + min(slots, len(away)) * max(wider.values(), default=0)
 
 
 def together(rows: int, bounded: bool) -> int:
@@ -785,7 +808,8 @@ def of(
         work = Work.of(recipe, length if pictures else recipe.length, size, work.dtype)
         memory, rows = memory or recipe.memory, rows or recipe.rows
         offload = offload if recipe.offload == "auto" else recipe.offload
-    model = skeleton(config, recipe.quantization if recipe else "nf4", work.dtype)
+    transport = recipe.transport if recipe else "whole"
+    model = skeleton(config, recipe.quantization if recipe else "nf4", work.dtype, transport)
     bound = parse_memory(memory) if memory and memory != "auto" else 0
     if bound:
         made = fitting(model, work, bound, rows, offload)

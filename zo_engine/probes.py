@@ -157,7 +157,7 @@ class GainSpace(Space):
             log_gain = parts[f"{name}.rows"][:, None]
             if f"{name}.columns" in parts:
                 log_gain = log_gain + parts[f"{name}.columns"]
-            yield view, view.base.to(theta.device).view(view.shape) * log_gain.exp()
+            yield view, view.numbers(view.base.to(theta.device)).view(view.shape) * log_gain.exp()
 
     def _forwards(self, theta: Tensor, probes: Probes | None) -> Iterator[tuple[ScaleView, Callable]]:
         parts = self.layout.split(theta)
@@ -203,7 +203,7 @@ class GroupSpace(Space):
         self.layout = Layout({f"{name}.groups": view.shape for name, view in views.items()})
 
     def _scale(self, view: ScaleView, base: Tensor, theta: Tensor) -> Tensor:
-        base = base.to(theta.device).view(view.shape)
+        base = view.numbers(base.to(theta.device)).view(view.shape)
         if self.relative:
             return base * theta.exp()
         scale = base + theta

@@ -342,7 +342,12 @@ def prepare_pictures(recipe: Recipe, cache_folder: Path, say: Callable[[str], No
     recipe, placement = place(recipe, folder / "transformer", work, device, cache_folder, notes)
     say(f"loading {known.title} in {recipe.quantization}")
     transformer = models.load_transformer(
-        folder, quantization=recipe.quantization, device=device, dtype=dtype, placement=placement
+        folder,
+        quantization=recipe.quantization,
+        device=device,
+        dtype=dtype,
+        transport=recipe.transport,
+        placement=placement,
     )
     space = tuned(transformer, recipe, notes)
     if not held_out:
@@ -479,7 +484,12 @@ def language_model(
     recipe, placement = place(recipe, folder, work, device, cache_folder, notes)
     say(f"loading {models.describe(recipe.model).title} in {recipe.quantization}")
     model = models.load_language_model(
-        folder, quantization=recipe.quantization, device=device, dtype=dtype, placement=placement
+        folder,
+        quantization=recipe.quantization,
+        device=device,
+        dtype=dtype,
+        transport=recipe.transport,
+        placement=placement,
     )
     return recipe, model, tuned(model, recipe, notes)
 
@@ -535,7 +545,12 @@ def place(
     recipe: Recipe, part: Path, work: plan.Work, device: torch.device, cache_folder: Path, notes: list[str]
 ) -> tuple[Recipe, models.Placement]:
     """Where the blocks of the model in `part` go, by the recipe's `memory` and `offload`; what was derived is in the
-    recipe that comes back, and in the notes. Raises PlanError where nothing fits, RecipeError for other formats."""
+    recipe that comes back, and in the notes. Raises PlanError where nothing fits, RecipeError for what it cannot do."""
+    if recipe.transport != "whole" and not recipe.memory and recipe.offload not in ("cpu", "disk"):
+        raise RecipeError(
+            f'transport = "{recipe.transport}" is for blocks that stream, and here none do; set offload to "cpu" or '
+            '"disk", or memory, or transport to "whole"'
+        )
     if not recipe.memory:
         return recipe, streaming(recipe.offload, part, cache_folder)
     if recipe.quantization not in plan.KNOWN:
@@ -543,7 +558,7 @@ def place(
             f"memory is reckoned for {', '.join(plan.KNOWN)}, not for {recipe.quantization}; set rows and offload "
             "instead"
         )
-    model = plan.skeleton(read_json(part / "config.json"), recipe.quantization, work.dtype)
+    model = plan.skeleton(read_json(part / "config.json"), recipe.quantization, work.dtype, recipe.transport)
     memory, tier = budget(recipe, device), recipe.offload
     host = 0  # bytes of blocks that wait in memory, where the others are in files
     if tier == "auto":
@@ -593,7 +608,7 @@ def prove_finite(model: torch.nn.Module, views: dict[str, ScaleView]) -> None:
     """Raises ModelError for a model with weights that are not finite: every loss would be none."""
     dense = ((n, p) for n, p in (*model.named_parameters(), *model.named_buffers()) if p.is_floating_point())
     for name, tensor in (*((n, view.base) for n, view in views.items()), *dense):
-        if not tensor.isfinite().all():
+        if not (tensor.float() if tensor.itemsize == 1 else tensor).isfinite().all():  # fp8 cannot be asked
             raise models.ModelError(f"the weights of {name} are not finite numbers; download the model again")
 
 
