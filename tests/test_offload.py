@@ -26,6 +26,7 @@ from zo_engine.offload import Mover, OffloadError, block_names, tensors
 from zo_engine.probes import GainSpace, GroupSpace, evaluate
 from zo_engine.recipe import Recipe, RecipeError
 from zo_engine.scales import find_scales, prove_live
+from zo_engine.style import make_method, make_space
 from zo_engine.tasks.text import stack, token_features, token_losses
 from zo_engine.tokens import Tokens
 
@@ -141,6 +142,38 @@ def test_every_space_streams(transformer, tiny_folder, space):
     for resident, streamed in zip(*outcome, strict=True):
         assert torch.equal(resident, streamed)
     assert not torch.equal(outcome[1][1], outcome[1][2])  # what is folded is not mistaken for what was in the slot
+
+
+@pytest.mark.parametrize(
+    ("space", "how"),
+    [
+        ("group", {"optimizer": "sgd"}),
+        ("group", {"optimizer": "adam", "noise": "gaussian"}),
+        ("absolute", {"optimizer": "momentum", "eps": 1e-3}),
+    ],
+)
+@pytest.mark.parametrize(("away", "slots", "disk"), [(4, 1, False), (2, 2, False), (4, 2, True)])
+def test_theta_that_waits_at_home_is_the_same_theta(streamed, language_folder, space, how, away, slots, disk):
+    asked = Recipe(space=space, depth=0.5, batch_size=2, directions=2, **how)
+    outcome, brought = [], []
+    for model in (models.load_language_model(language_folder), streamed(away, slots, disk)):
+        bring = models.bring_of(model)
+        made = make_space(find_scales(model), asked, bring)
+        if bring:
+            made.bring = lambda part: brought.append(part.numel()) or bring(part)  # noqa: B023
+        method, batch = make_method(made, asked, made.home("cpu")), texts(2)
+
+        def losses(probes, fresh, method=method, made=made, model=model, batch=batch):
+            rows = lambda sample: token_losses(model, batch.take(sample))  # noqa: E731
+            return evaluate(made, method.theta, probes, rows, 3, relay=model.mover.relay if made.bring else ())
+
+        journal = [method.advance(losses, 2, False) for _ in range(3)]
+        with made.folded(method.theta):
+            outcome.append((journal, method.state()[0], logits(model)))
+    (journal, tensors, answered), (found, moved, same) = outcome
+    assert found == journal and torch.equal(same, answered)
+    assert all(torch.equal(moved[name], tensors[name]) for name in tensors) and tensors["theta"].any()
+    assert brought and max(brought) == max(made.layout.numel.values())  # a layer at a time
 
 
 def test_a_scale_replaced_at_home_reaches_a_block_that_is_in_its_slot(streamed):
@@ -510,8 +543,12 @@ def recipes(recipe, tmp_path_factory) -> dict[str, Recipe]:
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("what", ["pictures", "texts"])
-def test_a_streamed_run_is_the_resident_run(recipes, what, tmp_path):
+@pytest.mark.parametrize(
+    ("what", "changes"),
+    [("pictures", {}), ("texts", {}), ("texts", {"space": "group", "optimizer": "adam", "directions": 1})],
+)
+def test_a_streamed_run_is_the_resident_run(recipes, what, changes, tmp_path):
+    recipes = {what: dataclasses.replace(recipes[what], **changes)}
     read = {"pictures": test_train.results, "texts": test_text_train.results}[what]
     resident = go(training.prepare(recipes[what], tmp_path / "cache"), tmp_path / "resident")
     for tier in ("cpu", "disk"):

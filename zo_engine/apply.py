@@ -215,7 +215,7 @@ def open_style(
     how = {"quantization": recipe.quantization, "dtype": dtype, "transport": recipe.transport}
     base = load(folder, device=where, placement=placement, **how)
     views = find_scales(base, formats_of(recipe.quantization, recipe.moves))
-    space = make_space(views, recipe)
+    space = make_space(views, recipe, models.bring_of(base))
     theta = theta_of(style, space, models.code_hash(base), where)
     prove_live(views)
     parts = (style, folder, base, space, theta, Path(source))

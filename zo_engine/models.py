@@ -155,6 +155,12 @@ def _placed(part: Path, placement: Placement, **how) -> nn.Module:
     return model
 
 
+def bring_of(model: nn.Module) -> Callable | None:
+    """What brings parts of theta to where the blocks of a model compute, if they stream."""
+    mover = getattr(model, "mover", None)
+    return mover and mover.bring
+
+
 def encoders_for(
     folder: Path, device: torch.device, dtype: torch.dtype, memory: int = 0, streamed: bool = False
 ) -> tuple[str, Callable]:

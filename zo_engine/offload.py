@@ -1,10 +1,12 @@
 """A model larger than its device: frozen blocks wait in host memory, or on disk, and pass through a few slots.
 
 ZO2 (Wang et al., arXiv:2503.12668) uploads each block once a step, perturbs and updates it there, and takes it home.
-Here codes and base scales are read-only and theta stays on the device, so nothing ever travels back, and a slot is
-free again as soon as its block has computed. While block i computes, the copy engine brings what followed i the last
-time: the order of visits is learnt from the model itself, so it also bridges passes, steps and evaluations. The device
-is told to wait by events; the host waits for nothing but a disk, and for the ids that an embedding at home looks up.
+Here codes and base scales are read-only, so nothing ever travels back, and a slot is free again as soon as its block
+has computed. Theta stays on the device; in group space it is as large as the scales, so there it waits and is updated
+at home, and a layer's part comes when the layer computes (`Mover.bring`). While block i computes, the copy engine
+brings what followed i the last time: the order of visits is learnt from the model itself, so it also bridges passes,
+steps and evaluations. The device is told to wait by events; the host waits for nothing but a disk, and for the ids that
+an embedding at home looks up.
 
 A block's tensors stand at home except while its `forward` runs: then, and only then, they are views into a slot.
 Whoever looks at the model in between (scales, styles, hashes, export) finds host tensors, and a scale that was replaced
@@ -292,6 +294,13 @@ class Mover:
     def size(self) -> int:
         """Bytes of device memory that the slots take."""
         return sum(slot.buffer.nbytes for slot in self.slots)
+
+    def bring(self, tensor: Tensor) -> Tensor:
+        """A copy on the device of what waits in host memory and is no block's: parts of theta, of a direction."""
+        self.moved += tensor.nbytes
+        if self.copies:  # from pinned memory the host need not wait
+            tensor = tensor.pin_memory()
+        return tensor.to(self.device, non_blocking=True, copy=True)
 
     @property
     def relay(self) -> list[nn.Module]:

@@ -232,7 +232,7 @@ class Studio:
         """The same model and examples under other settings of the method."""
         recipe = dataclasses.replace(self.recipe, **settings)
         views = find_scales(self.model, formats_of(recipe.quantization, recipe.moves))
-        return dataclasses.replace(self, recipe=recipe, space=make_space(views, recipe))
+        return dataclasses.replace(self, recipe=recipe, space=make_space(views, recipe, models.bring_of(self.model)))
 
 
 def pick_device(device: str) -> torch.device:
@@ -363,7 +363,7 @@ def prepare_pictures(recipe: Recipe, cache_folder: Path, say: Callable[[str], No
         say(f"asking the base for {len(plain)} pictures without the trigger, to keep them as they are")
         pipe = models.pipeline(folder, transformer)
         found, count = [], together(recipe)
-        with space.folded(torch.zeros(space.layout.size, device=device)):
+        with space.folded(torch.zeros(space.layout.size, device=space.home(device))):
             for width, height in dict.fromkeys(bucket for _, bucket in placed):
                 for i in range(0, len(plain), count):
                     found += answers(pipe, [text[prompt] for prompt in plain[i : i + count]], text[""],
@@ -598,7 +598,7 @@ def tuned(model: torch.nn.Module, recipe: Recipe, notes: list[str]) -> Space:
     views = find_scales(model, formats_of(recipe.quantization, recipe.moves))
     prove_finite(model, views)
     prove_live(views)
-    space = make_space(views, recipe)
+    space = make_space(views, recipe, models.bring_of(model))
     if space.left_out:
         notes.append(f"{len(space.left_out)} layers stay frozen: their groups straddle rows ({space.left_out[0]}, ...)")
     return space
@@ -638,7 +638,7 @@ class Training:
 
     def __init__(self, run: Run, studio: Studio):
         self.run, self.studio, self.recipe = run, studio, studio.recipe
-        self.method = make_method(studio.space, self.recipe, studio.model.device)
+        self.method = make_method(studio.space, self.recipe, studio.space.home(studio.model.device))
         found = levels(studio.space.views, self.recipe.depth)
         self.prefixes = [Prefix(studio.model, level) if level.first else None for level in found]
         self.rows = rows_of(studio)
@@ -699,7 +699,7 @@ class Training:
         replays: dict[tuple, Replay] = {}
 
         def evaluated(outputs: Callable, batch: Any, level: int, probes: Probes, fresh: bool) -> Tensor:
-            rows = lambda index: outputs(batch.take(index.to(theta.device)))  # noqa: E731
+            rows = lambda index: outputs(batch.take(index.to(self.studio.model.device)))  # noqa: E731
             prefix = self.prefixes[level] if outputs.__name__ in task.one_pass else None
             space = self.studio.space
             if prefix and (level, fresh) not in replays:
@@ -862,7 +862,7 @@ def measured(studio: Studio, theta: Tensor, rows: int) -> tuple[list[float], dic
 
 def replayed(studio: Studio, journal: list[Record]) -> GaussNewton | ZO:
     """The method after the steps of a journal, from nothing else."""
-    method = make_method(studio.space, studio.recipe, studio.model.device)
+    method = make_method(studio.space, studio.recipe, studio.space.home(studio.model.device))
     for record in journal:
         method.apply(record)
     return method
