@@ -16,7 +16,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from assets import pack
-from zo_engine import hub, packed, quantize
+from zo_engine import hub, packed, plan, quantize
 from zo_engine import recipe as recipes
 from zo_engine import train as training
 from zo_engine.apply import open_style
@@ -429,6 +429,26 @@ def changed(model: nn.Module, formats: tuple[str, ...] = QUANTISED) -> nn.Module
     for view in find_scales(model, formats).values():
         view.put(view.base * (0.1 * torch.randn(view.base.shape, generator=generator)).exp())
     return model
+
+
+@pytest.mark.parametrize("name", ["gptq", "desc_act", "2x8"])
+def test_a_plan_of_a_packed_model_is_what_is_counted(folder, model, name):
+    outline, loaded = plan.outlined(folder(name), PACKED[name], torch.float32), model(name)
+    assert plan.sizes(outline)[1] == plan.sizes(loaded)[1]
+    assert plan.sizes(outline)[0] == pytest.approx(plan.sizes(loaded)[0], rel=0.02)
+    for space, optimizer in (("gain", "gauss-newton"), ("group", "sgd")):
+        work = plan.Work(2, 30, None, 0.5, 3, torch.float32, space, optimizer)
+        planned, counted = plan.step(outline, work, 4), plan.step(loaded, work, 4, "cpu", short=False)
+        assert planned[0] == pytest.approx(counted[0], rel=0.05) and planned[1] == counted[1]
+
+
+@pytest.mark.parametrize("name", ["gptq", "2x8"])
+def test_packed_models_are_planned_by_the_command_and_for_a_run(qzo, folder, texts, tmp_path, name):
+    code, out, _ = qzo("plan", folder(name), "--batch-size", 2, "--length", 30, "--rows", 4, "--json")
+    found = json.loads(out)
+    assert code == 0 and found["weights"] == plan.sizes(plan.outlined(folder(name), PACKED[name], torch.bfloat16))[0]
+    studio = training.prepare(recipe(folder(name), texts, PACKED[name], memory="1GB"), tmp_path)
+    assert any(note.startswith("planned for 1.00 GB") for note in studio.notes)
 
 
 @pytest.mark.parametrize("name", ["gptq", "asymmetric_v2", "desc_act", "2x8"])

@@ -578,7 +578,7 @@ def test_memory_is_planned_said_and_kept(recipes, tmp_path):
         training.prepare(dataclasses.replace(wide, memory="1KB"), tmp_path)
     group = training.prepare(dataclasses.replace(wide, optimizer="sgd", space="group"), tmp_path)
     assert any(note.startswith("planned for 1.00 GB") for note in group.notes)
-    with pytest.raises(RecipeError, match="memory is reckoned for nf4, fp4, int8, none, not for gptq"):
+    with pytest.raises(models.ModelError, match="is not quantised by gptq"):
         training.prepare(dataclasses.replace(wide, quantization="gptq"), tmp_path)
 
 

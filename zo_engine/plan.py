@@ -33,13 +33,13 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 from zo_engine import recipe as recipes
 from zo_engine.blocks import Prefix, Replay, answering, levels, relayed
 from zo_engine.cache import encode
-from zo_engine.hub import MODELS, find, is_language, read_json, text_length
+from zo_engine.hub import MODELS, find, is_language, language_config, read_json, text_length
 from zo_engine.models import TEXT_PARTS, bring_of
 from zo_engine.narrow import FORMS, NarrowLinear
 from zo_engine.newton import TRIES, GaussNewton
 from zo_engine.offload import ALIGNED, Block, block_names, end_names, piece_rows, tensors
 from zo_engine.probes import Probes, Space, evaluate
-from zo_engine.quantize import quantization_of
+from zo_engine.quantize import READ, outline, quantization_of
 from zo_engine.recipe import DIRECTIONS, DOUBLINGS, Recipe, directions_at
 from zo_engine.scales import find_scales, formats_of
 from zo_engine.style import make_method, make_space
@@ -54,7 +54,6 @@ SLOTS = 2
 KEPT = 8  # prompts without the trigger, whose pictures by the base are kept
 TOGETHER = 16  # pictures that are drawn at once, where memory is not bounded
 PROMPTS = 4  # of previews, if not said otherwise
-KNOWN = ("nf4", "fp4", "int8", "none")  # quantisations that are planned
 
 
 class PlanError(ValueError):
@@ -175,6 +174,14 @@ def skeleton(
     for name, linear in linears.items() if quantization != "none" else ():
         model.set_submodule(name, _empty_layer(linear, quantization, dtype))
     return model.eval().requires_grad_(False)
+
+
+def outlined(part: Path, quantization: str, dtype: torch.dtype, transport: str = "whole") -> nn.Module:
+    """The model of a folder, as `skeleton`; of GPTQ and AQLM, whose layers are as the folder has them, by the headers
+    of its files. Raises ModelError where those do not fit."""
+    if quantization in READ:
+        return outline(part, quantization, dtype)
+    return skeleton(read_json(part / "config.json"), quantization, dtype, transport)
 
 
 def _empty_layer(linear: nn.Linear, quantization: str, dtype: torch.dtype) -> nn.Module:
@@ -830,7 +837,7 @@ def of(
             f"that are known without: {', '.join(SHAPES)}"
         )
     part = folder / "transformer" if folder and not is_language(folder) else folder
-    config = read_json(part / "config.json") if part else SHAPES[name]
+    config = language_config(part) if part else SHAPES[name]
     pictures = "_class_name" in config
     length = length or ((77 + text_length(folder) if folder else 333) if pictures else 512)
     size = (resolution, resolution) if pictures else None
@@ -843,8 +850,12 @@ def of(
         work = Work.of(recipe, length if pictures else recipe.length, size, work.dtype)
         memory, rows = memory or recipe.memory, rows or recipe.rows
         offload = offload if recipe.offload == "auto" else recipe.offload
-    transport = recipe.transport if recipe else "whole"
-    model = skeleton(config, recipe.quantization if recipe else "nf4", work.dtype, transport)
+    said = (config.get("quantization_config") or {}).get("quant_method")
+    how = recipe.quantization if recipe else said if said in READ else "nf4"
+    if part:
+        model = outlined(part, how, work.dtype, recipe.transport if recipe else "whole")
+    else:
+        model = skeleton(config, how, work.dtype, recipe.transport if recipe else "whole")
     bound = parse_memory(memory) if memory and memory != "auto" else 0
     if bound:
         made = fitting(model, work, bound, rows, offload)

@@ -166,6 +166,17 @@ def load_quantized(
     return model.eval().requires_grad_(False)
 
 
+def outline(folder: Path, quantization: str, dtype: torch.dtype) -> nn.Module:
+    """A model that comes in one of READ, as `load_quantized` would make it, on the meta device, by headers alone."""
+    _refuse_others(folder, language_config(folder))
+    with Checkpoint(folder) as checkpoint:
+        model, formats, _ = _outlined(checkpoint, quantization, dtype)
+        for name, format in formats.items():
+            model.set_submodule(name, packed.outline(model.get_submodule(name), name, format, checkpoint, dtype))
+    model.tie_weights()
+    return model.to("meta").eval().requires_grad_(False)
+
+
 def store_quantized(
     folder: Path,
     out: Path,

@@ -553,12 +553,7 @@ def place(
         )
     if not recipe.memory:
         return recipe, streaming(recipe.offload, part, cache_folder)
-    if recipe.quantization not in plan.KNOWN:
-        raise RecipeError(
-            f"memory is reckoned for {', '.join(plan.KNOWN)}, not for {recipe.quantization}; set rows and offload "
-            "instead"
-        )
-    model = plan.skeleton(read_json(part / "config.json"), recipe.quantization, work.dtype, recipe.transport)
+    model = plan.outlined(part, recipe.quantization, work.dtype, recipe.transport)
     memory, tier = budget(recipe, device), recipe.offload
     host = 0  # bytes of blocks that wait in memory, where the others are in files
     if tier == "auto":
