@@ -354,6 +354,20 @@ def test_from_disk_blocks_are_pages_of_files_written_once(streamed, language_fol
         assert str(store) in mapped.read_text()
 
 
+@pytest.mark.parametrize(("dtype", "copied"), [(torch.float32, False), (torch.bfloat16, True)])
+def test_plain_blocks_are_pages_of_files_in_the_dtype_that_computes(language_folder, tmp_path, dtype, copied):
+    how = {"quantization": "none", "dtype": dtype}
+    model = models.load_language_model(language_folder, placement=Placement(4, 2, tmp_path / "store"), **how)
+    (_, *copies) = sorted((tmp_path / "store").iterdir(), key=lambda path: path.is_dir())
+    assert [path.is_dir() for path in copies] == [True] * copied
+    assert torch.equal(logits(model), logits(models.load_language_model(language_folder, **how)))
+    folder, first = (copies or [language_folder])[0], model.model.layers[0].mlp.up_proj.weight.data_ptr()
+    if (maps := Path("/proc/self/maps")).exists():
+        rows = [line.split() for line in maps.read_text().splitlines()]
+        inside = [r for r in rows if int(r[0].split("-")[0], 16) <= first < int(r[0].split("-")[1], 16)]
+        assert inside[0][-1].startswith(str(folder))
+
+
 @pytest.mark.parametrize("held", [1, 3, 4])
 def test_some_blocks_wait_in_memory_and_some_in_files(language_folder, tmp_path, held):
     journal, theta = gauss_newton(models.load_language_model(language_folder))

@@ -189,8 +189,8 @@ def store_quantized(
     """A quantised copy of the model in `folder`, written to `out` block by block: host memory holds one block.
 
     For models that are to be streamed from disk (`load_quantized` with `mapped`). What is there already stays, if it is
-    as it was written; a folder that is quantised itself needs no copy and is returned. Raises ModelError, and OSError
-    for a full disk.
+    as it was written; a folder that is quantised itself, or plain in the dtype that computes, needs no copy and is
+    returned. Raises ModelError, and OSError for a full disk.
     """
     if quantization in READ:
         return folder
@@ -202,7 +202,8 @@ def store_quantized(
     _refuse_others(folder, language_config(folder))
     with Checkpoint(folder) as checkpoint:
         model, formats, dense = _outlined(checkpoint, quantization, dtype, transport)
-        if all(_statistics(checkpoint, f"{name}.weight", format) for name, format in formats.items()):
+        made = all(_statistics(checkpoint, f"{name}.weight", format) for name, format in formats.items())
+        if made and (formats or not _converted(model, dense, checkpoint, dtype)):
             return folder
         parts = [[name] for name in block_names(model)] + [[]]
         index: dict[str, str] = {}
@@ -229,6 +230,13 @@ def store_quantized(
                     shutil.copyfile(file, work / file.name)  # config.json among them; codes speak for themselves
             (work / SUMS).write_text(json.dumps(_sums(work)))
     return out
+
+
+def _converted(model: nn.Module, names: list[str], checkpoint: Checkpoint, dtype: torch.dtype) -> bool:
+    """Whether blocks of a plain model compute in another dtype than their files have: pages of those are no use."""
+    there = {name: checkpoint.dtype(name) for name in names if _within(name, block_names(model))}
+    floating = {name: packed.DTYPES.get(kind) for name, kind in there.items() if "F" in kind}
+    return any(kind != _dense_dtype(model, name, dtype) for name, kind in floating.items())
 
 
 def _sums(folder: Path) -> dict[str, str]:
