@@ -11,7 +11,7 @@ from zo_engine.recipe import Recipe
 
 READS = ("texts", "model", "quantization", "resolution", "length", "batch_size", "depth", "directions", "steps",
          "budget", "rows", "space", "optimizer", "columns", "noise", "prior", "prompts", "evaluate_items", "memory",
-         "offload")  # fmt: skip
+         "offload", "transport")  # fmt: skip
 FREE = 0.9  # of what is free, as a run takes with memory = "auto"
 
 

@@ -165,14 +165,15 @@ def measure(case: Case, config: dict, device: torch.device, dtype: torch.dtype) 
     batch, outcomes, losses = plan.task(model, work, str(device))
     batch = batch.take(torch.arange(case.batch, device=device))
     views = find_scales(model)
-    space = GainSpace(views) if case.space == "gain" else GroupSpace(views)
-    theta = torch.zeros(space.layout.size, device=device)
+    space = GainSpace(views) if case.space == "gain" else GroupSpace(views, bring=mover and mover.bring)
+    home = space.home(device)
+    theta = torch.zeros(space.layout.size, device=home)
     own = case.space == "gain"
     rows = lambda sample: losses(batch.take(sample.to(device)))  # noqa: E731
     number = iter(range(1_000_000))
 
     def noise() -> torch.Tensor:
-        return directions("rademacher", space.layout, 0, next(number), range(case.batch if own else 1), device)
+        return directions("rademacher", space.layout, 0, next(number), range(case.batch if own else 1), home)
 
     def step() -> torch.Tensor:
         return evaluate(space, theta, central(noise(), 0.01, case.batch, own), rows)
@@ -242,11 +243,12 @@ def newton(model: nn.Module, work: Work, device: torch.device) -> Callable[[], o
 
 def reckoned(case: Case, config: dict, dtype: torch.dtype, directions: int = 0, like: dict | None = None) -> dict:
     """What the planner says of a step, resident or with everything away that can be: of the last ones, which have most
-    directions, if not said otherwise. like: the plan of the other of these two, whose step allocates the same."""
+    directions, if not said otherwise. like: the plan of the other of these two, whose step allocates the same in gain
+    space."""
     model = skeleton(config, "nf4", dtype)
     work = case.work(dtype, directions)
     away = len(block_names(model)) if case.streamed else 0
-    working = like["working"] if like else None
+    working = like["working"] if like and case.space == "gain" else None
     made = plan.make(model, work, max(1, plan.TOKENS // work.tokens(model)), away, ends=case.streamed, working=working)
     return plan.as_dict(made)
 
@@ -266,8 +268,8 @@ def written(rows: dict[str, dict], name: str) -> None:
     ]
     for row, facts in rows.items():
         planned, found = facts["planned"], facts.get("measured")
-        cells = [row, gigabytes(planned["device"]), gigabytes(facts["first"]), gigabytes(planned["theta"])]
-        cells.append(gigabytes(planned["host"]))
+        theta = planned["theta"] + planned["home"]
+        cells = [row, *map(gigabytes, (planned["device"], facts["first"], theta, planned["host"]))]
         if found:
             ratio, share = found["step"] / found["plain"], found["noise"] / found["step"]
             cells += [gigabytes(found["peak"]), f"{found['step']:.3f}", f"{found['plain']:.3f}", f"{ratio:.2f}"]

@@ -16,14 +16,14 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from assets import pack
-from zo_engine import hub, packed, quantize
+from zo_engine import hub, packed, plan, quantize
 from zo_engine import recipe as recipes
 from zo_engine import train as training
 from zo_engine.apply import open_style
 from zo_engine.hub import ModelError
 from zo_engine.inspection import inspect
 from zo_engine.journal import short
-from zo_engine.models import code_hash, export_language_model, load_language_model, quantized_layers
+from zo_engine.models import Placement, code_hash, export_language_model, load_language_model, quantized_layers
 from zo_engine.noise import directions
 from zo_engine.probes import GainSpace, GroupSpace, Probes, central, evaluate
 from zo_engine.recipe import Recipe
@@ -384,6 +384,21 @@ def test_codebooks_move_in_place_of_scales(qzo, folder, texts, tmp_path, space):
     assert journal[0] == journal[1]
 
 
+def test_codebooks_that_moved_stream_as_wide_as_they_are(folder, model):
+    outcome = []
+    for one in (model("2x8"), load_language_model(folder("2x8"), quantization="aqlm", placement=Placement(4, 1))):
+        views = find_scales(one, ("codebooks",))
+        for view in views.values():
+            view.put(view.base.float() * 1.0001)  # less than fp16 tells
+        moved = logits(one)
+        for view in views.values():
+            view.restore()
+        outcome.append((moved, logits(one)))
+    for resident, streamed in zip(*outcome, strict=True):
+        assert torch.equal(resident, streamed)
+    assert not torch.equal(*outcome[0])
+
+
 def test_probes_of_codebooks_are_models_with_these_codebooks(folder, model):
     base = model("1x10")
     space = GroupSpace(find_scales(base, ("codebooks",)), relative=False)
@@ -414,6 +429,26 @@ def changed(model: nn.Module, formats: tuple[str, ...] = QUANTISED) -> nn.Module
     for view in find_scales(model, formats).values():
         view.put(view.base * (0.1 * torch.randn(view.base.shape, generator=generator)).exp())
     return model
+
+
+@pytest.mark.parametrize("name", ["gptq", "desc_act", "2x8"])
+def test_a_plan_of_a_packed_model_is_what_is_counted(folder, model, name):
+    outline, loaded = plan.outlined(folder(name), PACKED[name], torch.float32), model(name)
+    assert plan.sizes(outline)[1] == plan.sizes(loaded)[1]
+    assert plan.sizes(outline)[0] == pytest.approx(plan.sizes(loaded)[0], rel=0.02)
+    for space, optimizer in (("gain", "gauss-newton"), ("group", "sgd")):
+        work = plan.Work(2, 30, None, 0.5, 3, torch.float32, space, optimizer)
+        planned, counted = plan.step(outline, work, 4), plan.step(loaded, work, 4, "cpu", short=False)
+        assert planned[0] == pytest.approx(counted[0], rel=0.05) and planned[1] == counted[1]
+
+
+@pytest.mark.parametrize("name", ["gptq", "2x8"])
+def test_packed_models_are_planned_by_the_command_and_for_a_run(qzo, folder, texts, tmp_path, name):
+    code, out, _ = qzo("plan", folder(name), "--batch-size", 2, "--length", 30, "--rows", 4, "--json")
+    found = json.loads(out)
+    assert code == 0 and found["weights"] == plan.sizes(plan.outlined(folder(name), PACKED[name], torch.bfloat16))[0]
+    studio = training.prepare(recipe(folder(name), texts, PACKED[name], memory="1GB"), tmp_path)
+    assert any(note.startswith("planned for 1.00 GB") for note in studio.notes)
 
 
 @pytest.mark.parametrize("name", ["gptq", "asymmetric_v2", "desc_act", "2x8"])

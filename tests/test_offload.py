@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -19,11 +20,13 @@ from zo_engine import train as training
 from zo_engine.apply import open_style
 from zo_engine.blocks import Level, Prefix, levels
 from zo_engine.models import Placement
+from zo_engine.narrow import FORMS
 from zo_engine.newton import GaussNewton
 from zo_engine.offload import Mover, OffloadError, block_names, tensors
 from zo_engine.probes import GainSpace, GroupSpace, evaluate
 from zo_engine.recipe import Recipe, RecipeError
 from zo_engine.scales import find_scales, prove_live
+from zo_engine.style import make_method, make_space
 from zo_engine.tasks.text import stack, token_features, token_losses
 from zo_engine.tokens import Tokens
 
@@ -139,6 +142,38 @@ def test_every_space_streams(transformer, tiny_folder, space):
     for resident, streamed in zip(*outcome, strict=True):
         assert torch.equal(resident, streamed)
     assert not torch.equal(outcome[1][1], outcome[1][2])  # what is folded is not mistaken for what was in the slot
+
+
+@pytest.mark.parametrize(
+    ("space", "how"),
+    [
+        ("group", {"optimizer": "sgd"}),
+        ("group", {"optimizer": "adam", "noise": "gaussian"}),
+        ("absolute", {"optimizer": "momentum", "eps": 1e-3}),
+    ],
+)
+@pytest.mark.parametrize(("away", "slots", "disk"), [(4, 1, False), (2, 2, False), (4, 2, True)])
+def test_theta_that_waits_at_home_is_the_same_theta(streamed, language_folder, space, how, away, slots, disk):
+    asked = Recipe(space=space, depth=0.5, batch_size=2, directions=2, **how)
+    outcome, brought = [], []
+    for model in (models.load_language_model(language_folder), streamed(away, slots, disk)):
+        bring = models.bring_of(model)
+        made = make_space(find_scales(model), asked, bring)
+        if bring:
+            made.bring = lambda part: brought.append(part.numel()) or bring(part)  # noqa: B023
+        method, batch = make_method(made, asked, made.home("cpu")), texts(2)
+
+        def losses(probes, fresh, method=method, made=made, model=model, batch=batch):
+            rows = lambda sample: token_losses(model, batch.take(sample))  # noqa: E731
+            return evaluate(made, method.theta, probes, rows, 3, relay=model.mover.relay if made.bring else ())
+
+        journal = [method.advance(losses, 2, False) for _ in range(3)]
+        with made.folded(method.theta):
+            outcome.append((journal, method.state()[0], logits(model)))
+    (journal, tensors, answered), (found, moved, same) = outcome
+    assert found == journal and torch.equal(same, answered)
+    assert all(torch.equal(moved[name], tensors[name]) for name in tensors) and tensors["theta"].any()
+    assert brought and max(brought) == max(made.layout.numel.values())  # a layer at a time
 
 
 def test_a_scale_replaced_at_home_reaches_a_block_that_is_in_its_slot(streamed):
@@ -319,6 +354,20 @@ def test_from_disk_blocks_are_pages_of_files_written_once(streamed, language_fol
         assert str(store) in mapped.read_text()
 
 
+@pytest.mark.parametrize(("dtype", "copied"), [(torch.float32, False), (torch.bfloat16, True)])
+def test_plain_blocks_are_pages_of_files_in_the_dtype_that_computes(language_folder, tmp_path, dtype, copied):
+    how = {"quantization": "none", "dtype": dtype}
+    model = models.load_language_model(language_folder, placement=Placement(4, 2, tmp_path / "store"), **how)
+    (_, *copies) = sorted((tmp_path / "store").iterdir(), key=lambda path: path.is_dir())
+    assert [path.is_dir() for path in copies] == [True] * copied
+    assert torch.equal(logits(model), logits(models.load_language_model(language_folder, **how)))
+    folder, first = (copies or [language_folder])[0], model.model.layers[0].mlp.up_proj.weight.data_ptr()
+    if (maps := Path("/proc/self/maps")).exists():
+        rows = [line.split() for line in maps.read_text().splitlines()]
+        inside = [r for r in rows if int(r[0].split("-")[0], 16) <= first < int(r[0].split("-")[1], 16)]
+        assert inside[0][-1].startswith(str(folder))
+
+
 @pytest.mark.parametrize("held", [1, 3, 4])
 def test_some_blocks_wait_in_memory_and_some_in_files(language_folder, tmp_path, held):
     journal, theta = gauss_newton(models.load_language_model(language_folder))
@@ -353,6 +402,103 @@ def test_a_level_in_a_model_whose_blocks_stream_counts_its_prefix_once(streamed)
         before = model.mover.loads
         prefix.run(rows, 4, 1, relay)
         assert model.mover.loads - before <= most
+
+
+# Plain weights that travel in fewer bits
+
+
+def rounded(model: nn.Module, form: str, source: nn.Module) -> nn.Module:
+    """A resident plain model with the weights of `source`, rounded row by row as the form's definition has it."""
+    for name, layer in model.named_modules():
+        if type(layer) is not nn.Linear or not name.startswith("model.layers."):
+            continue
+        rows = []
+        for row in source.get_submodule(name).weight.data:
+            factor = 2.0 ** math.ceil(math.log2(row.abs().max().item() / 448)) if form == "fp8" else 1.0
+            rows.append((row / factor).to(FORMS[form]).float() * factor)
+        layer.weight.data = torch.stack(rows).to(layer.weight.dtype)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("form", "away", "slots", "disk", "dtype"),
+    [
+        ("fp8", 4, 1, False, torch.float32),
+        ("fp8", 4, 2, True, torch.bfloat16),
+        ("bf16", 2, 9, False, torch.float32),
+        ("bf16", 4, 2, True, torch.float32),
+    ],
+)
+def test_weights_that_travel_narrow_compute_as_if_rounded(language_folder, tmp_path, form, away, slots, disk, dtype):
+    load = lambda **how: models.load_language_model(language_folder, quantization="none", **{"dtype": dtype} | how)  # noqa: E731
+    plain, expected = logits(load()), rounded(load(), form, load(dtype=torch.float32))
+    placement = Placement(away, slots, tmp_path / "store" if disk else None)
+    narrow = [load(transport=form, placement=placement), load(transport=form)]
+    assert models.code_hash(narrow[0]) == models.code_hash(narrow[1])
+    assert not torch.equal(logits(expected), plain)
+    if disk:
+        assert load(transport=form, placement=placement).mover.from_disk  # the copy is read again
+    outcome = []
+    for model in (expected, *narrow):
+        views = find_scales(model, ("dense",))
+        prove_live(views)
+        found = [logits(model)]
+        for space in (GainSpace(views), GroupSpace(views, relative=False)):
+            theta, probes, batch = some_theta(space), probes_of(space, count=3), texts()
+            rows = lambda index: token_losses(model, batch.take(index))  # noqa: B023, E731
+            found.append(evaluate(space, theta, probes, rows, 4))
+            with space.folded(theta):
+                found += [logits(model), logits(model)]
+            found.append(logits(model))
+        outcome.append(found)
+    for one in outcome[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(one, outcome[0], strict=True))
+
+
+@pytest.mark.parametrize(("form", "share"), [("bf16", 1 / 2), ("fp8", 1 / 4)])
+def test_what_waits_narrow_takes_and_moves_fewer_bytes(language_folder, form, share):
+    load = lambda **how: models.load_language_model(language_folder, quantization="none", **how)  # noqa: E731
+    whole, narrow = (load(transport=t, placement=Placement(4, 2)) for t in ("whole", form))
+    for model in (whole, narrow):
+        logits(model)
+    assert narrow.mover.loads == whole.mover.loads
+    for count in (lambda m: m.moved, lambda m: m.size, lambda m: sum(b.size for b in m.blocks)):
+        assert share <= count(narrow.mover) / count(whole.mover) <= share + 0.03
+    config = json.loads((language_folder / "config.json").read_text())
+    outline = plan.skeleton(config, "none", torch.float32, form)
+    assert plan.sizes(outline)[1] == plan.sizes(load(transport=form))[1]
+
+
+def test_an_exported_narrow_model_is_whole(language_folder, tmp_path):
+    load = lambda folder, **how: models.load_language_model(folder, quantization="none", **how)  # noqa: E731
+    model = load(language_folder, transport="fp8", placement=Placement(4, 2))
+    space = GroupSpace(find_scales(model, ("dense",)), relative=False)
+    with space.folded(some_theta(space)):
+        out, expected = models.export_language_model(language_folder, model, tmp_path / "out"), logits(model)
+    assert torch.equal(logits(load(out)), expected)
+
+
+def test_what_cannot_travel_narrow_is_refused(recipes, tmp_path):
+    with pytest.raises(RecipeError, match='those of quantization "nf4" travel as they are'):
+        dataclasses.replace(recipes["texts"], transport="fp8")
+    plain = dataclasses.replace(recipes["texts"], transport="fp8", quantization="none")
+    with pytest.raises(RecipeError, match="is for blocks that stream, and here none do"):
+        training.prepare(plain, tmp_path)
+
+
+@pytest.mark.parametrize("what", ["pictures", "texts"])
+def test_a_run_whose_weights_travel_narrow_goes_on_as_it_began(recipes, what, tmp_path):
+    read = {"pictures": test_train.results, "texts": test_text_train.results}[what]
+    asked = dataclasses.replace(recipes[what], quantization="none", transport="fp8", offload="cpu")
+    whole = go(training.prepare(asked, tmp_path / "cache"), tmp_path / "whole")
+    other = dataclasses.replace(asked, offload="disk")
+    go(training.prepare(asked, tmp_path / "cache"), tmp_path / "parts", stop_after=1)
+    parts = go(training.prepare(other, tmp_path / "cache"), tmp_path / "parts")
+    assert read(parts) == read(whole)
+    styled = open_style(whole.style_file, tmp_path / "cache", asked.model)  # its recipe says how, without offload
+    assert not hasattr(styled.model, "mover")
+    planned = dataclasses.replace(asked, offload="auto", memory="1GB")
+    assert training.prepare(planned, tmp_path / "cache").code_hash == styled.style.base["code_hash"]
 
 
 # Text encoders
@@ -411,8 +557,12 @@ def recipes(recipe, tmp_path_factory) -> dict[str, Recipe]:
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("what", ["pictures", "texts"])
-def test_a_streamed_run_is_the_resident_run(recipes, what, tmp_path):
+@pytest.mark.parametrize(
+    ("what", "changes"),
+    [("pictures", {}), ("texts", {}), ("texts", {"space": "group", "optimizer": "adam", "directions": 1})],
+)
+def test_a_streamed_run_is_the_resident_run(recipes, what, changes, tmp_path):
+    recipes = {what: dataclasses.replace(recipes[what], **changes)}
     read = {"pictures": test_train.results, "texts": test_text_train.results}[what]
     resident = go(training.prepare(recipes[what], tmp_path / "cache"), tmp_path / "resident")
     for tier in ("cpu", "disk"):
@@ -442,7 +592,7 @@ def test_memory_is_planned_said_and_kept(recipes, tmp_path):
         training.prepare(dataclasses.replace(wide, memory="1KB"), tmp_path)
     group = training.prepare(dataclasses.replace(wide, optimizer="sgd", space="group"), tmp_path)
     assert any(note.startswith("planned for 1.00 GB") for note in group.notes)
-    with pytest.raises(RecipeError, match="memory is reckoned for nf4, fp4, int8, none, not for gptq"):
+    with pytest.raises(models.ModelError, match="is not quantised by gptq"):
         training.prepare(dataclasses.replace(wide, quantization="gptq"), tmp_path)
 
 

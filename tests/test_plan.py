@@ -77,6 +77,24 @@ def test_theta_is_as_large_as_the_scales_in_group_space_and_the_plan_says_so(kin
     assert "(theta is" in dataclasses.replace(adam, theta=adam.device // 10).said() and "(theta is" not in gain.said()
 
 
+@pytest.mark.parametrize(("space", "optimizer"), [("group", "adam"), ("absolute", "sgd")])
+@pytest.mark.parametrize("rows", [2, 16])
+def test_theta_of_a_model_that_streams_is_not_on_the_device(kinds, space, optimizer, rows):
+    model, config, work = kinds["llama"]
+    work = dataclasses.replace(work, space=space, optimizer=optimizer, depth=1.0)
+    outline = skeleton(config, dtype=torch.float32)
+    planned, counted = plan.step(outline, work, rows, streams=True), plan.step(model, work, rows, "cpu", 0, False, True)
+    assert planned[1] == counted[1] == 0
+    assert planned[0] == pytest.approx(counted[0], rel=0.05)
+    here, away = plan.make(outline, work, rows), plan.make(outline, work, rows, 1, ends=True)
+    assert (here.home, away.theta, away.home) == (0, 0, here.theta)
+    assert away.working < here.working - here.theta
+    assert away.host == plan.sizes(outline)[1][0] + away.ends + away.home
+    assert f"theta ({plan.amount(away.home)}) waits in host memory" in away.said()
+    gain = plan.make(outline, dataclasses.replace(work, space="gain", optimizer="sgd"), rows, 1)
+    assert gain.theta > 0 == gain.home
+
+
 def test_every_phase_of_a_run_is_planned_as_it_is_counted(kinds, tiny_folder):
     model, config, work = kinds["sd3"]
     recipe = Recipe(evaluate_items=8, prompts=("a", "b", "c"))
@@ -218,7 +236,7 @@ def test_what_moves_is_what_a_mover_moves(kinds, tmp_path, tier, ends, how):
     placement = models.Placement(4, 1, tmp_path / "store" if tier == "disk" else None, ends)
     model = models.load_language_model(folder, placement=placement)
     made = plan.make(skeleton(config, dtype=torch.float32), work, 3, 4, tier, slots=1, ends=ends, working=0)
-    plan.step(model, work, 3, device="cpu", relay=4 if tier == "disk" else 0, short=False)
+    plan.step(model, work, 3, device="cpu", relay=4 if tier == "disk" else 0, short=False, streams=how[0] != "gain")
     assert model.mover.moved == pytest.approx(made.moved, rel=0.2)  # a block may still lie in its slot
 
 

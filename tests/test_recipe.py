@@ -42,12 +42,16 @@ def written(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("taught", "left_out"),
-    [("images", ("texts", "task", "reward")), ("texts", ("images", "task")), ("texts", ("images", "reward"))],
+    ("taught", "quantization", "left_out"),
+    [  # aqlm alone has codebooks to move, and plain weights alone can travel in fewer bits
+        ("images", "aqlm", ("texts", "task", "reward", "transport")),
+        ("texts", "aqlm", ("images", "task", "transport")),
+        ("texts", "none", ("images", "reward", "moves")),
+    ],
 )
-def test_every_setting_survives_the_file(written, tmp_path, taught, left_out):
+def test_every_setting_survives_the_file(written, tmp_path, taught, quantization, left_out):
     values = {f.name: other(f) for f in dataclasses.fields(Recipe) if f.name not in left_out}
-    recipe = Recipe(**values | {"quantization": "aqlm"})  # which alone has codebooks to move
+    recipe = Recipe(**values | {"quantization": quantization})
     assert all(getattr(recipe, f.name) != f.default for f in dataclasses.fields(Recipe) if f.name not in left_out)
     recipe = dataclasses.replace(recipe, **{taught: str(tmp_path / "there")})
     assert load(written(dump(recipe))) == recipe

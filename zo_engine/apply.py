@@ -212,9 +212,10 @@ def open_style(
     load = models.load_language_model if language else models.load_transformer
     placement = streaming(offload, folder if language else folder / "transformer", Path(cache_folder))
     dtype = pick_dtype(recipe.dtype, where)
-    base = load(folder, quantization=recipe.quantization, device=where, dtype=dtype, placement=placement)
+    how = {"quantization": recipe.quantization, "dtype": dtype, "transport": recipe.transport}
+    base = load(folder, device=where, placement=placement, **how)
     views = find_scales(base, formats_of(recipe.quantization, recipe.moves))
-    space = make_space(views, recipe)
+    space = make_space(views, recipe, models.bring_of(base))
     theta = theta_of(style, space, models.code_hash(base), where)
     prove_live(views)
     parts = (style, folder, base, space, theta, Path(source))

@@ -48,6 +48,7 @@ from zo_engine.hub import (
     vae_scale,
     weight_files,
 )
+from zo_engine.narrow import widened
 from zo_engine.offload import Mover, block_names, end_names
 from zo_engine.packed import PackedLinear, saved_scales, write_scales
 from zo_engine.quantize import (
@@ -109,10 +110,12 @@ def load_transformer(
     quantization: str = "nf4",
     device: Device = "cpu",
     dtype: torch.dtype = torch.float32,
+    transport: str = "whole",
     placement: Placement = RESIDENT,
 ) -> nn.Module:
     """The transformer of a pipeline folder, quantised layer by layer: see quantize.load_quantized."""
-    return _placed(Path(folder) / "transformer", placement, quantization=quantization, device=device, dtype=dtype)
+    how = {"quantization": quantization, "device": device, "dtype": dtype, "transport": transport}
+    return _placed(Path(folder) / "transformer", placement, **how)
 
 
 def load_language_model(
@@ -121,13 +124,15 @@ def load_language_model(
     quantization: str = "nf4",
     device: Device = "cpu",
     dtype: torch.dtype = torch.float32,
+    transport: str = "whole",
     placement: Placement = RESIDENT,
 ) -> PreTrainedModel:
     """The causal language model of a transformers folder, quantised layer by layer: see quantize.load_quantized.
 
     Its `save_pretrained` writes a folder that stock transformers loads, scales as they stand included.
     """
-    return _placed(Path(folder), placement, quantization=quantization, device=device, dtype=dtype)
+    how = {"quantization": quantization, "device": device, "dtype": dtype, "transport": transport}
+    return _placed(Path(folder), placement, **how)
 
 
 def _placed(part: Path, placement: Placement, **how) -> nn.Module:
@@ -135,7 +140,8 @@ def _placed(part: Path, placement: Placement, **how) -> nn.Module:
     if not (placement.away or placement.ends):
         return load_quantized(part, **how)
     if placement.store:
-        key = f"{model_key(part.parent, [part.name])}-{how['quantization']}-{str(how['dtype']).removeprefix('torch.')}"
+        kind = how["quantization"] if how["transport"] == "whole" else how["transport"]
+        key = f"{model_key(part.parent, [part.name])}-{kind}-{str(how['dtype']).removeprefix('torch.')}"
         placement.store.mkdir(parents=True, exist_ok=True)
         with FileLock(placement.store / f"{key}.lock"):  # another run may be at making the same
             part = store_quantized(part, placement.store / key, **how)
@@ -147,6 +153,12 @@ def _placed(part: Path, placement: Placement, **how) -> nn.Module:
             model, away, how["device"], placement.slots, from_disk=mapped, ends=ends, held=placement.held
         )
     return model
+
+
+def bring_of(model: nn.Module) -> Callable | None:
+    """What brings parts of theta to where the blocks of a model compute, if they stream."""
+    mover = getattr(model, "mover", None)
+    return mover and mover.bring
 
 
 def encoders_for(
@@ -283,7 +295,7 @@ def export(base: Path, transformer: diffusers.ModelMixin, out: Path) -> Path:
     bit.
     Raises ModelError if `out` exists or the check fails; OSError for a full disk, nothing being left behind.
     """
-    with _appearing(Path(out)) as work:
+    with _appearing(Path(out)) as work, widened(transformer):
         _copy_others(Path(base), work)
         # One file, however large: diffusers looks for a weight's scales in the weight's own shard only.
         transformer.save_pretrained(work / "transformer", safe_serialization=True, max_shard_size="1TB")
@@ -298,7 +310,7 @@ def export_language_model(base: Path, model: PreTrainedModel, out: Path) -> Path
     they have there (fp16: by 0.05 % at most). As with `export`, the folder appears once it has been loaded again and
     found equal, and raises the same.
     """
-    with _appearing(Path(out)) as work:
+    with _appearing(Path(out)) as work, widened(model):
         for file in Path(base).iterdir():
             if file.is_file() and any(fnmatch(file.name, wish) for wish in LANGUAGE_FILES):
                 shutil.copyfile(file, work / file.name)

@@ -1,10 +1,12 @@
 """A model larger than its device: frozen blocks wait in host memory, or on disk, and pass through a few slots.
 
 ZO2 (Wang et al., arXiv:2503.12668) uploads each block once a step, perturbs and updates it there, and takes it home.
-Here codes and base scales are read-only and theta stays on the device, so nothing ever travels back, and a slot is
-free again as soon as its block has computed. While block i computes, the copy engine brings what followed i the last
-time: the order of visits is learnt from the model itself, so it also bridges passes, steps and evaluations. The device
-is told to wait by events; the host waits for nothing but a disk, and for the ids that an embedding at home looks up.
+Here codes and base scales are read-only, so nothing ever travels back, and a slot is free again as soon as its block
+has computed. Theta stays on the device; in group space it is as large as the scales, so there it waits and is updated
+at home, and a layer's part comes when the layer computes (`Mover.bring`). While block i computes, the copy engine
+brings what followed i the last time: the order of visits is learnt from the model itself, so it also bridges passes,
+steps and evaluations. The device is told to wait by events; the host waits for nothing but a disk, and for the ids that
+an embedding at home looks up.
 
 A block's tensors stand at home except while its `forward` runs: then, and only then, they are views into a slot.
 Whoever looks at the model in between (scales, styles, hashes, export) finds host tensors, and a scale that was replaced
@@ -293,6 +295,13 @@ class Mover:
         """Bytes of device memory that the slots take."""
         return sum(slot.buffer.nbytes for slot in self.slots)
 
+    def bring(self, tensor: Tensor) -> Tensor:
+        """A copy on the device of what waits in host memory and is no block's: parts of theta, of a direction."""
+        self.moved += tensor.nbytes
+        if self.copies:  # from pinned memory the host need not wait
+            tensor = tensor.pin_memory()
+        return tensor.to(self.device, non_blocking=True, copy=True)
+
     @property
     def relay(self) -> list[nn.Module]:
         """The first blocks, where their way is so long that one visit should serve all passes of an evaluation."""
@@ -346,7 +355,10 @@ class Mover:
         for i, place in enumerate(block.places):  # a scale that was replaced at home since
             if not _same(place.tensor, slot.sources[i]):
                 slot.sources[i] = place.tensor
-                slot.views[i].copy_(place.tensor.view(slot.views[i].shape))
+                if place.tensor.dtype == slot.views[i].dtype:
+                    slot.views[i].copy_(place.tensor.view(slot.views[i].shape))
+                else:  # wider than its room in the slot, or as narrow again as that
+                    slot.views[i] = place.tensor.to(self.device, copy=True)
                 self.moved += slot.views[i].nbytes
         self._used(slot)
         return slot
@@ -372,7 +384,9 @@ class Mover:
         if slot.filling:
             slot.filling.result()
         slot.block, slot.views = block, block.views(slot.buffer)
-        slot.sources = [place.tensor for place in block.places]
+        # What has no room in the slot comes when the block is visited; till then, as it was taken over.
+        found = [(place.tensor, place.home) for place in block.places]
+        slot.sources = [tensor if tensor.dtype == home.dtype else home for tensor, home in found]
         self.loads += 1
         self.moved += sum(place.home.nbytes for place in block.places)
         if self.reader:

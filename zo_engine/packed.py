@@ -198,6 +198,21 @@ def room(layer: str, format: str, checkpoint: Any, device: torch.device) -> tupl
     return codes, torch.empty(shape, dtype=torch.float32, device=device)
 
 
+def outline(linear: nn.Linear, layer: str, format: str, checkpoint: Any, dtype: torch.dtype) -> PackedLinear:
+    """The layer on the meta device. That GPTQ's groups are consecutive is believed where the settings say so."""
+    codes, scales = room(layer, format, checkpoint, torch.device("meta"))
+    stored = DTYPES[checkpoint.dtype(f"{layer}.scales")]
+    if format == "aqlm":
+        kind = DTYPES[checkpoint.dtype(f"{layer}.codebooks")]
+        codebooks = torch.empty(checkpoint.shape(f"{layer}.codebooks"), dtype=kind, device="meta")
+        return AQLMLinear(linear, scales, stored, dtype, codes=codes, codebooks=codebooks)
+    count = scales.shape[1]
+    scattered = _settings(checkpoint, format).get("desc_act") or linear.in_features % count
+    group = torch.empty(linear.in_features, dtype=torch.int32, device="meta") if scattered else None
+    zeros = torch.empty(count, linear.out_features, dtype=torch.int16, device="meta")
+    return GPTQLinear(linear, scales, stored, dtype, qweight=codes, zeros=zeros, group=group)
+
+
 def gptq_layer(
     linear: nn.Linear, format: str, weight: str, checkpoint: Any, codes: Tensor, scales: Tensor, dtype: torch.dtype
 ) -> GPTQLinear:

@@ -33,12 +33,13 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 from zo_engine import recipe as recipes
 from zo_engine.blocks import Prefix, Replay, answering, levels, relayed
 from zo_engine.cache import encode
-from zo_engine.hub import MODELS, find, is_language, read_json, text_length
-from zo_engine.models import TEXT_PARTS
+from zo_engine.hub import MODELS, find, is_language, language_config, read_json, text_length
+from zo_engine.models import TEXT_PARTS, bring_of
+from zo_engine.narrow import FORMS, NarrowLinear
 from zo_engine.newton import TRIES, GaussNewton
 from zo_engine.offload import ALIGNED, Block, block_names, end_names, piece_rows, tensors
 from zo_engine.probes import Probes, Space, evaluate
-from zo_engine.quantize import quantization_of
+from zo_engine.quantize import READ, outline, quantization_of
 from zo_engine.recipe import DIRECTIONS, DOUBLINGS, Recipe, directions_at
 from zo_engine.scales import find_scales, formats_of
 from zo_engine.style import make_method, make_space
@@ -53,7 +54,6 @@ SLOTS = 2
 KEPT = 8  # prompts without the trigger, whose pictures by the base are kept
 TOGETHER = 16  # pictures that are drawn at once, where memory is not bounded
 PROMPTS = 4  # of previews, if not said otherwise
-KNOWN = ("nf4", "fp4", "int8", "none")  # quantisations that are planned
 
 
 class PlanError(ValueError):
@@ -67,12 +67,13 @@ class Counter(TorchDispatchMode):
     """Bytes that operations allocate on one kind of device and somebody still holds; what was there before is free.
 
     bitsandbytes' product writes the weight out in the compute dtype while it lasts, which no result shows: it is added.
-    On the meta device, questions that need data are answered as a well-behaved run would: finite, and in full length.
+    What is allocated while it is `paused` belongs elsewhere. On the meta device, questions that need data are answered
+    as a well-behaved run would: finite, and in full length.
     """
 
     def __init__(self, kind: str):
         super().__init__()
-        self.kind, self.bytes, self.peak = kind, 0, 0
+        self.kind, self.bytes, self.peak, self.paused = kind, 0, 0, False
         self.there: dict[int, StorageWeakRef] = {}  # a reference keeps the address from being given away
         self.alive: dict[int, tuple[StorageWeakRef, int]] = {}
 
@@ -88,7 +89,11 @@ class Counter(TorchDispatchMode):
         self._sweep()
         for tensor in self._mine(found):
             storage = tensor.untyped_storage()
-            if storage._cdata not in self.alive and storage._cdata not in self.there:
+            if storage._cdata in self.alive or storage._cdata in self.there:
+                continue
+            if self.paused:
+                self.there[storage._cdata] = StorageWeakRef(storage)
+            else:
                 self.alive[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
                 self.bytes += storage.nbytes()
         written = 0
@@ -141,10 +146,12 @@ def counted(kind: str):
 # A model without weights
 
 
-def skeleton(config: dict, quantization: str = "nf4", dtype: torch.dtype = torch.bfloat16) -> nn.Module:
+def skeleton(
+    config: dict, quantization: str = "nf4", dtype: torch.dtype = torch.bfloat16, transport: str = "whole"
+) -> nn.Module:
     """The model that a config describes, quantised as quantize.load_quantized would, on the meta device.
 
-    config: of a transformers model (with "model_type") or a diffusers model (with "_class_name").
+    config: of a transformers model (with "model_type") or a diffusers model (with "_class_name"). transport: as there.
     Raises PlanError where the libraries do not know it.
     """
     try:
@@ -161,13 +168,27 @@ def skeleton(config: dict, quantization: str = "nf4", dtype: torch.dtype = torch
         raise PlanError(f"this config is not that of a model which the libraries here know: {error}") from error
     kept = get_keys_to_not_convert(model) if isinstance(model, transformers.PreTrainedModel) else []
     linears = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear) and should_convert_module(n, kept)}
+    if transport != "whole":
+        blocks = tuple(f"{block}." for block in block_names(model))
+        quantization, linears = transport, {n: m for n, m in linears.items() if n.startswith(blocks)}
     for name, linear in linears.items() if quantization != "none" else ():
         model.set_submodule(name, _empty_layer(linear, quantization, dtype))
     return model.eval().requires_grad_(False)
 
 
+def outlined(part: Path, quantization: str, dtype: torch.dtype, transport: str = "whole") -> nn.Module:
+    """The model of a folder, as `skeleton`; of GPTQ and AQLM, whose layers are as the folder has them, by the headers
+    of its files. Raises ModelError where those do not fit."""
+    if quantization in READ:
+        return outline(part, quantization, dtype)
+    return skeleton(read_json(part / "config.json"), quantization, dtype, transport)
+
+
 def _empty_layer(linear: nn.Linear, quantization: str, dtype: torch.dtype) -> nn.Module:
     shape, count, meta = (linear.out_features, linear.in_features), linear.weight.numel(), {"device": "meta"}
+    if quantization in FORMS:
+        scales = torch.empty(shape[0], 1, **meta) if quantization == "fp8" else None
+        return NarrowLinear(linear, torch.empty(shape, dtype=FORMS[quantization], **meta), scales, dtype)
     if quantization == "int8":
         layer = bnb.nn.Linear8bitLt(shape[1], shape[0], linear.bias is not None, False, 0.0, device="meta")
         codes, scales = torch.empty(shape, dtype=torch.int8, **meta), torch.empty(shape[0], **meta)
@@ -218,8 +239,8 @@ class Work:
         how = recipe.space, recipe.optimizer, recipe.columns, recipe.noise
         return cls(recipe.batch_size, length, size, recipe.depth, count, dtype, *how)
 
-    def method(self, model: nn.Module, device: str = "meta") -> tuple[Space, GaussNewton | ZO]:
-        """The space and the method of a run on the model, as training makes them."""
+    def method(self, model: nn.Module, device: str = "meta", streams: bool = False) -> tuple[Space, GaussNewton | ZO]:
+        """The space and the method of a run on the model, as training makes them; streams: if blocks of it do."""
         count = self.directions
         if self.optimizer == "gauss-newton":
             count = count or DIRECTIONS << DOUBLINGS
@@ -227,8 +248,9 @@ class Work:
             batch_size=self.batch, depth=self.depth, directions=count, space=self.space, optimizer=self.optimizer,
             columns=self.columns, noise=self.noise,
         )  # fmt: skip
-        space = make_space(find_scales(model, formats_of(quantization_of(model))), recipe)
-        return space, make_method(space, recipe, device)
+        bring = (bring_of(model) or Tensor.clone) if streams else None
+        space = make_space(find_scales(model, formats_of(quantization_of(model))), recipe, bring)
+        return space, make_method(space, recipe, device)  # without data, home is no other place
 
     def tokens(self, model: nn.Module) -> int:
         """Of one row."""
@@ -259,23 +281,34 @@ def task(model: nn.Module, work: Work, device: str = "meta") -> tuple[Any, Calla
 
 @torch.no_grad()
 def step(
-    model: nn.Module, work: Work, rows: int, device: str = "meta", relay: int = 0, short: bool = True
-) -> tuple[int, int]:
-    """(peak of the bytes that a step allocates, bytes of theta and of the averages that the method keeps of it).
+    model: nn.Module, work: Work, rows: int, device: str = "meta", relay: int = 0, short: bool = True,
+    streams: bool = False,
+) -> tuple[int, int]:  # fmt: skip
+    """(peak of the bytes that a step allocates, bytes of theta and of the averages that the method keeps of it), on the
+    device; where blocks stream (`streams`) and theta is as large as the scales, it waits and moves elsewhere.
 
     rows: of one pass. relay: so many first blocks serve all passes in turn. short: with two examples (the third would
     need no more) and, in each evaluation, two passes through two blocks: what they leave is of full size.
     """
-    space, method = work.method(model, device)
-    kept = sum(tensor.nbytes for tensor in method.state()[0].values())
+    space, method = work.method(model, device, streams)
+    away = space.bring is not None
+    kept = 0 if away else sum(tensor.nbytes for tensor in method.state()[0].values())
     blocks = [model.get_submodule(name) for name in block_names(model)]
     prefixes = [Prefix(model, level) if level.first else None for level in levels(space.views, work.depth)]
     with counted(device) as counter:
         batch, outcomes, losses = task(model, work, device)
         trial = batch if isinstance(method, ZO) else task(model, work, device)[0]
         replays: dict[tuple, Replay] = {}
+        counter.paused = away
 
         def evaluated(part: int, probes: Probes, fresh: bool) -> Tensor:
+            counter.paused = False
+            try:
+                return probed(part, probes, fresh)
+            finally:
+                counter.paused = away
+
+        def probed(part: int, probes: Probes, fresh: bool) -> Tensor:
             read = losses if fresh or isinstance(method, ZO) else outcomes
             sample = lambda index: read((trial if fresh else batch).take(index.to(device)))  # noqa: E731
             if prefixes[part] and (part, fresh) not in replays:
@@ -375,6 +408,7 @@ class Plan:
     ends: int = 0  # embedding and output layer, where they wait with the blocks
     held: int = 0  # of the blocks away, where the tier is a disk: those that wait in memory nevertheless
     theta: int = 0  # of `working`: theta, and the averages that an optimizer keeps of it
+    home: int = 0  # of `host`: the same, where it waits with the blocks
     operations: int = 0  # of a step's products, where it was asked
     phases: dict[str, int] = field(default_factory=dict)  # peak of the device's memory in each, where it was asked
 
@@ -395,6 +429,7 @@ class Plan:
             where = f"{self.away} of {self.blocks} blocks stream {where} through {self.slots} slots"
             where += f", {self.held} of them from host memory" if self.held else ""
             where += ", the output layer too, and the embedding waits there" if self.ends else ""
+            where += f", theta ({amount(self.home)}) waits in host memory" if self.home else ""
         theta = f" (theta is {amount(self.theta)} of it)" if 20 * self.theta > self.device else ""
         return (
             f"{amount(self.device)} of the device: weights {amount(self.resident + self.streaming)}, a step "
@@ -446,14 +481,14 @@ def plans(
     whole, blocks = sizes(model)
     outside, pieces = end_sizes(model)
     relay = tier == "disk"
-    working = {} if known is None else {0: known}
+    working = {} if known is None else dict.fromkeys([(0, False), (0, True)], known)
     theta = sum(tensor.nbytes for tensor in work.method(model)[1].state()[0].values())
     for away, ends in aways:
         kept = [n for n in range(away + 1) if relay and sum(blocks[away - n : away]) <= host]
         held = max(kept, default=0)
-        shared = away - held if relay else 0
-        if shared not in working:
-            working[shared] = sum(step(model, work, rows, relay=shared))
+        shared, home = away - held if relay else 0, (away > 0 or ends) and work.space != "gain"
+        if (shared, home) not in working:
+            working[shared, home] = sum(step(model, work, rows, relay=shared, streams=home))
         streamed, waiting = blocks[:away], outside if ends else 0
         through = [*streamed, *(pieces if ends else [])]
         through_slots = min(slots, len(through))
@@ -467,13 +502,15 @@ def plans(
             weights=whole,
             resident=whole - sum(streamed) - waiting,
             streaming=room,
-            working=working[shared],
-            host=room + sum(streamed[shared:]) if relay else sum(streamed) + waiting,
+            working=working[shared, home],
+            host=(room + sum(streamed[shared:]) if relay else sum(streamed) + waiting) + (theta if home else 0),
             disk=sum(streamed[:shared]) + waiting if relay else 0,
-            moved=_moved(model, work, rows, blocks, away, through_slots, shared, sum(pieces) if ends else 0),
+            moved=_moved(model, work, rows, blocks, away, through_slots, shared, sum(pieces) if ends else 0)
+            + (_brought(model, work, rows) if home else 0),
             held=held,
             ends=waiting,
-            theta=theta,
+            theta=0 if home else theta,
+            home=theta if home else 0,
         )
 
 
@@ -506,6 +543,20 @@ def _moved(
         first = min(start, away)
         total += brought(0, first, examples)
         total += sum(brought(first, away, count) + math.ceil(count / rows) * head for count in counts)
+    return total
+
+
+def _brought(model: nn.Module, work: Work, rows: int) -> int:
+    """Bytes of theta and of directions to the device in a step, where they wait at home: theta in every pass, and what
+    moves it once for each run of rows that share a probe."""
+    space, method = work.method(model)
+    size, total = space.layout.size, 0
+    one = {"rademacher": 1, "gaussian": 4}[work.noise]
+    for _, _, (count,) in _evaluations(model, work):
+        search = count == 3 * work.batch  # the middle third stands still, and the others move in fp32
+        passes = torch.arange(count).tensor_split(math.ceil(count / rows))
+        runs = [len({row // work.batch for row in part.tolist()} - ({1} if search else set())) for part in passes]
+        total += size * (4 * len(passes) + (4 if search else one) * sum(runs))
     return total
 
 
@@ -604,7 +655,7 @@ def phased(
     there = made.resident + made.streaming + made.theta
     away = tuple(f"{name}." for name in block_names(model)[: made.away])
     # Folded scales stand beside the base's own; those of blocks that stream are at home.
-    folded = there + sum(view.base.nbytes for name, view in space.views.items() if not name.startswith(away or "-"))
+    folded = there + _folded(space, away, made.slots)
     found, prompts = {}, len(recipe.prompts) or PROMPTS
     if parts:
         encoders = {name: _part(cls, parts[name], work.dtype) for name, (cls, _) in TEXT_PARTS.items()}
@@ -628,6 +679,20 @@ def phased(
         found["answers"] = folded + _peak(lambda: model(input_ids=tokens, use_cache=True, logits_to_keep=1))
     found["the held-out loss"] = folded + _peak(lambda: _passed(model, work, recipe.evaluate_items, made.rows))
     return dataclasses.replace(made, operations=operations(model, work), phases=found | {"steps": made.device})
+
+
+def _folded(space: Space, away: tuple[str, ...], slots: int) -> int:
+    """Bytes of the device that scales which theta is written into take beside the base's: not those of blocks that are
+    `away`, whose base is at home, but where what is put in place is wider than its room in the slot."""
+    total, wider = 0, dict.fromkeys(away, 0)
+    for name, view in space.views.items():
+        size = view.base.numel() * view.dtype.itemsize
+        block = next((block for block in away if name.startswith(block)), None)
+        if block is None:
+            total += size
+        elif view.dtype != view.base.dtype:
+            wider[block] += size
+    return total + min(slots, len(away)) * max(wider.values(), default=0)
 
 
 def together(rows: int, bounded: bool) -> int:
@@ -776,7 +841,7 @@ def of(
             f"that are known without: {', '.join(SHAPES)}"
         )
     part = folder / "transformer" if folder and not is_language(folder) else folder
-    config = read_json(part / "config.json") if part else SHAPES[name]
+    config = language_config(part) if part else SHAPES[name]
     pictures = "_class_name" in config
     length = length or ((77 + text_length(folder) if folder else 333) if pictures else 512)
     size = (resolution, resolution) if pictures else None
@@ -789,7 +854,12 @@ def of(
         work = Work.of(recipe, length if pictures else recipe.length, size, work.dtype)
         memory, rows = memory or recipe.memory, rows or recipe.rows
         offload = offload if recipe.offload == "auto" else recipe.offload
-    model = skeleton(config, recipe.quantization if recipe else "nf4", work.dtype)
+    said = (config.get("quantization_config") or {}).get("quant_method")
+    how = recipe.quantization if recipe else said if said in READ else "nf4"
+    if part:
+        model = outlined(part, how, work.dtype, recipe.transport if recipe else "whole")
+    else:
+        model = skeleton(config, how, work.dtype, recipe.transport if recipe else "whole")
     bound = parse_memory(memory) if memory and memory != "auto" else 0
     if bound:
         made = fitting(model, work, bound, rows, offload)

@@ -76,6 +76,11 @@ class Space:
 
     layout: Layout
     views: dict[str, ScaleView]
+    bring: Callable[[Tensor], Tensor] | None = None  # a part of theta to where layers compute, if it waits elsewhere
+
+    def home(self, device: torch.device | str) -> torch.device:
+        """Where theta lives, and all that a method keeps of its size, for layers that compute on a device."""
+        return torch.device("cpu" if self.bring else device)
 
     def _split(self, probes: Probes | None) -> dict[str, Tensor]:
         """The directions by tensor; a tensor that no probe moves is missing."""
@@ -157,7 +162,7 @@ class GainSpace(Space):
             log_gain = parts[f"{name}.rows"][:, None]
             if f"{name}.columns" in parts:
                 log_gain = log_gain + parts[f"{name}.columns"]
-            yield view, view.base.to(theta.device).view(view.shape) * log_gain.exp()
+            yield view, view.numbers(view.base.to(theta.device)).view(view.shape) * log_gain.exp()
 
     def _forwards(self, theta: Tensor, probes: Probes | None) -> Iterator[tuple[ScaleView, Callable]]:
         parts = self.layout.split(theta)
@@ -194,16 +199,29 @@ class GainSpace(Space):
 
 class GroupSpace(Space):
     """One theta per quantisation group. relative: `s = s0 * exp(theta)`; else the paper's `s = max(s0 + theta, 0)`,
-    and `s0 + theta` where scales have a sign: those of a plain layer are its weights."""
+    and `s0 + theta` where scales have a sign: those of a plain layer are its weights.
+
+    Theta is as large as the scales, and so is a direction. With `bring`, both wait in host memory, and a layer's part
+    is brought when it computes.
+    """
 
     left_out: tuple[str, ...] = ()
 
-    def __init__(self, views: dict[str, ScaleView], relative: bool = True, clamp: bool = True):
-        self.views, self.relative, self.clamp = views, relative, clamp
+    def __init__(
+        self,
+        views: dict[str, ScaleView],
+        relative: bool = True,
+        clamp: bool = True,
+        bring: Callable[[Tensor], Tensor] | None = None,
+    ):
+        self.views, self.relative, self.clamp, self.bring = views, relative, clamp, bring
         self.layout = Layout({f"{name}.groups": view.shape for name, view in views.items()})
 
+    def _brought(self, part: Tensor) -> Tensor:
+        return self.bring(part) if self.bring else part
+
     def _scale(self, view: ScaleView, base: Tensor, theta: Tensor) -> Tensor:
-        base = base.to(theta.device).view(view.shape)
+        base = view.numbers(base.to(theta.device)).view(view.shape)
         if self.relative:
             return base * theta.exp()
         scale = base + theta
@@ -212,7 +230,7 @@ class GroupSpace(Space):
     def scales(self, theta: Tensor) -> Iterator[tuple[ScaleView, Tensor]]:
         parts = self.layout.split(theta)
         for name, view in self.views.items():
-            yield view, self._scale(view, view.base, parts[f"{name}.groups"])
+            yield view, self._scale(view, view.base, self._brought(parts[f"{name}.groups"]))
 
     def _forwards(self, theta: Tensor, probes: Probes | None) -> Iterator[tuple[ScaleView, Callable]]:
         parts = self.layout.split(theta)
@@ -224,10 +242,10 @@ class GroupSpace(Space):
             name = f"{view.name}.groups"
 
             def forward(x: Tensor) -> Tensor:
-                outputs, base = [], view.live
+                outputs, base, here = [], view.live, self._brought(parts[name])
                 try:
                     for start, stop, direction, step in runs if name in z else still:
-                        moved = parts[name] + step * z[name][direction].to(theta.dtype) if step else parts[name]
+                        moved = here + step * self._brought(z[name][direction]).to(theta.dtype) if step else here
                         view.put(self._scale(view, base, moved))
                         outputs.append(plain(x[start:stop]))
                 finally:

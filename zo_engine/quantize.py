@@ -41,7 +41,7 @@ from torch import Tensor, nn
 from transformers.quantizers.base import get_keys_to_not_convert
 from transformers.quantizers.quantizers_utils import should_convert_module
 
-from zo_engine import packed
+from zo_engine import narrow, packed
 from zo_engine.hub import (
     IMPOSSIBLE,
     ModelError,
@@ -60,6 +60,7 @@ MADE = ("nf4", "fp4", "int8", "none")  # what a plain model can be loaded as
 READ = ("gptq", "aqlm")  # what a model must come in
 SUMS = "sha256.json"  # of a copy's files, beside them
 QUANTIZATIONS = (*MADE, *READ)
+NARROW = tuple(narrow.FORMS)  # how a plain model's blocks may wait and travel
 # On a CPU, weights are quantised this many at a time (whole blocks). The temporary tensors of larger pieces
 # leave gaps in the heap that are not used again: with whole layers, more than the model's own size was lost.
 PIECE = 1 << 16
@@ -117,6 +118,7 @@ def load_quantized(
     quantization: str = "nf4",
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
+    transport: str = "whole",
     away: int = 0,
     mapped: bool = False,
     ends: bool = False,
@@ -128,6 +130,7 @@ def load_quantized(
     name its format. The model comes in eval mode, without gradients, all else in `dtype`; 4-bit scales are fp32,
     flat, contiguous, one per 64 weights of the row-major weight; int8 scales are fp32, one per row, in
     `layer.state.SCB`; those of GPTQ and AQLM are fp32 [out, groups], in `layer.scales`.
+    transport: one of NARROW, for the blocks of a model that is not quantised (`narrow`), those that stay included.
     away: the first so many blocks (`offload.block_names`) are quantised on `device`, and wait in host memory; `mapped`:
     as pages of the folder's files, if bitsandbytes quantised it already. ends: so do a language model's embedding and
     output layer (`offload.end_names`).
@@ -138,7 +141,7 @@ def load_quantized(
     device = torch.device(device)
     _refuse_others(folder, language_config(folder))
     with Checkpoint(folder) as checkpoint:
-        model, formats, dense = _outlined(checkpoint, quantization, dtype)
+        model, formats, dense = _outlined(checkpoint, quantization, dtype, transport)
         waiting = block_names(model)[:away] if away else []
         waiting += [name for name in end_names(model) if ends and name not in formats]
         mapped = mapped and bool(waiting) and all(_statistics(checkpoint, f"{n}.weight", f) for n, f in formats.items())
@@ -158,19 +161,36 @@ def load_quantized(
             module._buffers[key] = buffer.to("cpu" if _within(name, waiting) else device)
     if isinstance(model, transformers.PreTrainedModel):
         model.tie_weights()
-    if formats and quantization not in READ:
+    if formats and quantization not in (*READ, "none"):
         _note_quantization(model, _quantization_config(formats, dtype))
     return model.eval().requires_grad_(False)
 
 
+def outline(folder: Path, quantization: str, dtype: torch.dtype) -> nn.Module:
+    """A model that comes in one of READ, as `load_quantized` would make it, on the meta device, by headers alone."""
+    _refuse_others(folder, language_config(folder))
+    with Checkpoint(folder) as checkpoint:
+        model, formats, _ = _outlined(checkpoint, quantization, dtype)
+        for name, format in formats.items():
+            model.set_submodule(name, packed.outline(model.get_submodule(name), name, format, checkpoint, dtype))
+    model.tie_weights()
+    return model.to("meta").eval().requires_grad_(False)
+
+
 def store_quantized(
-    folder: Path, out: Path, *, quantization: str, device: str | torch.device = "cpu", dtype: torch.dtype
+    folder: Path,
+    out: Path,
+    *,
+    quantization: str,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype,
+    transport: str = "whole",
 ) -> Path:
     """A quantised copy of the model in `folder`, written to `out` block by block: host memory holds one block.
 
     For models that are to be streamed from disk (`load_quantized` with `mapped`). What is there already stays, if it is
-    as it was written; a folder that is quantised itself needs no copy and is returned. Raises ModelError, and OSError
-    for a full disk.
+    as it was written; a folder that is quantised itself, or plain in the dtype that computes, needs no copy and is
+    returned. Raises ModelError, and OSError for a full disk.
     """
     if quantization in READ:
         return folder
@@ -181,8 +201,9 @@ def store_quantized(
     device = torch.device(device)
     _refuse_others(folder, language_config(folder))
     with Checkpoint(folder) as checkpoint:
-        model, formats, dense = _outlined(checkpoint, quantization, dtype)
-        if all(_statistics(checkpoint, f"{name}.weight", format) for name, format in formats.items()):
+        model, formats, dense = _outlined(checkpoint, quantization, dtype, transport)
+        made = all(_statistics(checkpoint, f"{name}.weight", format) for name, format in formats.items())
+        if made and (formats or not _converted(model, dense, checkpoint, dtype)):
             return folder
         parts = [[name] for name in block_names(model)] + [[]]
         index: dict[str, str] = {}
@@ -211,6 +232,13 @@ def store_quantized(
     return out
 
 
+def _converted(model: nn.Module, names: list[str], checkpoint: Checkpoint, dtype: torch.dtype) -> bool:
+    """Whether blocks of a plain model compute in another dtype than their files have: pages of those are no use."""
+    there = {name: checkpoint.dtype(name) for name in names if _within(name, block_names(model))}
+    floating = {name: packed.DTYPES.get(kind) for name, kind in there.items() if "F" in kind}
+    return any(kind != _dense_dtype(model, name, dtype) for name, kind in floating.items())
+
+
 def _sums(folder: Path) -> dict[str, str]:
     """SHA-256 of each file of weights."""
     found = {}
@@ -221,12 +249,15 @@ def _sums(folder: Path) -> dict[str, str]:
 
 
 def _outlined(
-    checkpoint: Checkpoint, quantization: str, dtype: torch.dtype
+    checkpoint: Checkpoint, quantization: str, dtype: torch.dtype, transport: str = "whole"
 ) -> tuple[nn.Module, dict[str, str], list[str]]:
     """(the model without weights, the format of each layer that is quantised, the names of its other tensors)."""
     with init_empty_weights():
         model = _empty_model(checkpoint.folder, checkpoint.config, dtype)
     formats = _layer_formats(model, checkpoint, quantization)
+    if transport != "whole":
+        blocks = block_names(model)
+        formats |= {n: transport for n, m in model.named_modules() if type(m) is nn.Linear and _within(n, blocks)}
     _check(model, formats, checkpoint)
     return model, formats, [n for n in _own_tensors(model) if n.removesuffix(".weight") not in formats]
 
@@ -250,6 +281,8 @@ def _layer(
     if format in READ:
         make = packed.gptq_layer if format == "gptq" else packed.aqlm_layer
         return make(linear, format, weight, checkpoint, *room, dtype)
+    if format in NARROW:
+        return _narrow_layer(linear, format, weight, checkpoint, room, device, dtype)
     make = _int8_layer if format == "int8" else _4bit_layer
     return make(linear, format, weight, checkpoint, room, device, dtype)
 
@@ -366,6 +399,10 @@ def _statistics(checkpoint: Checkpoint, weight: str, format: str) -> list[str]:
     if format == "int8":
         layer = weight.removesuffix("weight")
         return [name for name in (layer + "SCB", layer + "weight_format") if name in checkpoint]
+    if format == "fp8":
+        return [name for name in (f"{weight}_scale",) if name in checkpoint]
+    if format == "bf16":
+        return [weight] if checkpoint.dtype(weight) == "BF16" else []
     parts = (
         "absmax",
         "quant_map",
@@ -388,7 +425,7 @@ def _check(model: nn.Module, formats: dict[str, str], checkpoint: Checkpoint) ->
             continue
         beside = _statistics(checkpoint, weight, format)
         statistics.update(beside)
-        if beside and format != "int8":
+        if beside and format in ("nf4", "fp4"):
             expected[weight] = ((model.get_submodule(name).weight.numel() + 1) // 2, 1)
             statistics.update((f"{weight}.absmax", f"{weight}.quant_map"))
     names = set(checkpoint.files)
@@ -413,13 +450,16 @@ def _check(model: nn.Module, formats: dict[str, str], checkpoint: Checkpoint) ->
 
 def _room(
     model: nn.Module, name: str, format: str, checkpoint: Checkpoint, device: torch.device
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor | None]:
     """Memory for the codes and scales of a layer, taken for all layers before any weight is read: what stays
     is not strewn among what comes and goes, and a model that does not fit fails at once."""
     if format in READ:
         return packed.room(name, format, checkpoint, device)
     linear = model.get_submodule(name)
     weights = linear.weight.numel()
+    if format in NARROW:
+        scale = torch.empty(linear.out_features, 1, device=device) if format == "fp8" else None
+        return torch.empty(linear.weight.shape, dtype=narrow.FORMS[format], device=device), scale
     if format == "int8":
         size, codes = linear.out_features, torch.empty(linear.weight.shape, dtype=torch.int8, device=device)
     else:
@@ -527,6 +567,32 @@ def _int8_layer(
     layer.weight = Int8Params(codes, requires_grad=False, has_fp16_weights=False, CB=codes, SCB=scales)
     layer.init_8bit_state()  # the scales stand in layer.state.SCB from now on, not only after a forward
     return layer
+
+
+def _narrow_layer(
+    linear: nn.Linear,
+    format: str,
+    weight: str,
+    checkpoint: Checkpoint,
+    room: tuple[Tensor, Tensor | None] | None,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> narrow.NarrowLinear:
+    tensor, beside = checkpoint.read(weight), _statistics(checkpoint, weight, format)
+    if beside and not room:
+        return narrow.NarrowLinear(linear, tensor, checkpoint.read(beside[0]) if format == "fp8" else None, dtype)
+    codes, scale = room
+    if beside and format == "fp8":
+        codes.copy_(tensor)
+        scale.copy_(checkpoint.read(beside[0]))
+        return narrow.NarrowLinear(linear, codes, scale, dtype)
+    rows = max(1, PIECE // linear.in_features) if device.type == "cpu" else linear.out_features
+    for start in range(0, linear.out_features, rows):
+        found, factor = narrow.narrowed(tensor[start : start + rows].to(device), format)
+        codes[start : start + rows] = found.to(codes.device)
+        if factor is not None:
+            scale[start : start + rows] = factor
+    return narrow.NarrowLinear(linear, codes, scale, dtype)
 
 
 def unnest(state: QuantState) -> None:

@@ -120,6 +120,9 @@ class Recipe:
                           "fit stream, and rows become fewer if need be; empty: as much as it takes")  # fmt: skip
     offload: str = setting("auto", "where blocks wait that do not stay on the device; without memory, cpu and disk "
                            "stream them all", choices=("auto", "resident", "cpu", "disk"))  # fmt: skip
+    transport: str = setting("whole", "how blocks of plain weights that stream wait and travel: whole, or rounded to "
+                             "16 or 8 bits, which changes the model a little",
+                             choices=("whole", "bf16", "fp8"))  # fmt: skip
 
     def __post_init__(self) -> None:
         for f in fields(self):
@@ -130,6 +133,11 @@ class Recipe:
             raise RecipeError(
                 'moves = "codebooks" is for quantization "aqlm" in the space "group" or "absolute", and the recipe '
                 f'has "{self.quantization}" and "{self.space}"; set them, and an optimizer such as "sgd"'
+            )
+        if self.transport != "whole" and self.quantization != "none":
+            raise RecipeError(
+                f'transport = "{self.transport}" rounds plain weights, and those of quantization "{self.quantization}" '
+                'travel as they are; set quantization to "none", or transport to "whole"'
             )
         if self.images and self.texts:
             raise RecipeError(

@@ -13,6 +13,7 @@ import bitsandbytes as bnb
 import torch
 from torch import Tensor, nn
 
+from zo_engine.narrow import NarrowLinear
 from zo_engine.packed import AQLMLinear, GPTQLinear
 
 
@@ -33,6 +34,7 @@ class Format:
     column: Callable[[nn.Module], Tensor | None] = lambda m: None  # [in]: the group of each, if not `block` at a time
     signed: bool = False  # whether a scale may be negative
     shared: bool = False  # numbers of the whole layer, not of its rows: no gain of a row folds into them
+    wide: Callable[[nn.Module, Tensor], Tensor] = lambda m, t: t  # the numbers that a live tensor stands for
 
 
 def _is_4bit(quant_type: str) -> Callable[[nn.Module], bool]:
@@ -119,12 +121,13 @@ FORMATS = (
     # A plain layer: every weight is its own scale. In group space with absolute noise this is MeZO.
     Format(
         "dense",
-        lambda m: type(m) is nn.Linear,
+        lambda m: type(m) in (nn.Linear, NarrowLinear),
         get=lambda m: m.weight.data,
         put=_put_weight,
         shape=lambda m: (m.out_features, m.in_features),
         block=lambda m: 1,
         signed=True,
+        wide=lambda m, t: m.wide(t) if isinstance(m, NarrowLinear) else t,
     ),
 )
 QUANTISED = tuple(f.name for f in FORMATS if f.name not in ("dense", "codebooks"))
@@ -181,14 +184,25 @@ class ScaleView:
         """The very tensor that the layer computes with now."""
         return self.format.get(self.module)
 
+    def numbers(self, tensor: Tensor) -> Tensor:
+        """What a live tensor stands for: itself, but for weights that wait in fewer bits (`narrow`)."""
+        return self.format.wide(self.module, tensor)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of what is put in place: the base's. Only codebooks, which lie in fp16 until they move, become fp32, that
+        small steps are not lost; and a weight that waits in fewer bits is as wide as it computes."""
+        if self.format.shared:
+            return torch.float32
+        return self.module.compute_dtype if isinstance(self.module, NarrowLinear) else self.base.dtype
+
     def put(self, scale: Tensor) -> None:
         """Make the layer compute with `scale` (any shape of the right size) from its next forward on.
 
-        The new tensor is contiguous and keeps the base's dtype: bitsandbytes misreads anything else in silence. Only
-        codebooks, which lie in fp16 until they move, become fp32, that small steps are not lost. It goes where the
+        The new tensor is contiguous and has `dtype`: bitsandbytes misreads anything else in silence. It goes where the
         layer's scale is now: a streamed layer is on the device only while it computes.
         """
-        scale = scale.to(self.live.device, torch.float32 if self.format.shared else self.base.dtype)
+        scale = scale.to(self.live.device, self.dtype)
         self.format.put(self.module, scale.contiguous().view(self.base.shape))
 
     def restore(self) -> None:
@@ -232,7 +246,7 @@ def prove_live(views: dict[str, ScaleView]) -> None:
         before = view.module(x)
         view.base = view.format.get(view.module)  # a first forward may move it (int8)
         try:
-            changed = view.base.clone()
+            changed = view.numbers(view.base).clone()
             changed.view(-1)[0 if view.format.shared else -1 :] *= 2  # a code may be used by no weight
             view.put(changed)
             changed = not torch.equal(view.module(x), before)

@@ -7,6 +7,7 @@ style belongs to, by a hash of its quantised codes and scales, and how it was ma
 
 import json
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -40,13 +41,14 @@ class Style:
     facts: dict[str, str]  # trigger, pictures, step, held_out, licence
 
 
-def make_space(views: dict[str, ScaleView], recipe: Recipe) -> Space:
-    """The space that a recipe names, over the scales of the layers that it tunes."""
+def make_space(views: dict[str, ScaleView], recipe: Recipe, bring: Callable[[Tensor], Tensor] | None = None) -> Space:
+    """The space that a recipe names, over the scales of the layers that it tunes. bring: of a model whose blocks
+    stream; theta waits with them where it is as large as the scales."""
     tuned = {layer for level in levels(views, recipe.depth) for layer in level.layers}
     views = {name: view for name, view in views.items() if name in tuned}
     if recipe.space == "gain":
         return GainSpace(views, columns=recipe.columns)
-    return GroupSpace(views, relative=recipe.space == "group")
+    return GroupSpace(views, relative=recipe.space == "group", bring=bring)
 
 
 def make_method(space: Space, recipe: Recipe, device: torch.device | str = "cpu") -> GaussNewton | ZO:
@@ -177,7 +179,9 @@ def _object(text: str) -> dict:
 
 
 def theta_of(style: Style, space: Space, code_hash: str, device: torch.device | str = "cpu") -> Tensor:
-    """The style's theta for a base, whichever form it has. Raises StyleError if it was made for another base."""
+    """The style's theta for a base, whichever form it has, where the space has it for layers that compute on a device.
+    Raises StyleError if it was made for another base."""
+    device = space.home(device)
     if style.base.get("code_hash") != code_hash:
         raise StyleError(
             f"this style was made for {style.base.get('model', 'another model')} "

@@ -233,7 +233,7 @@ class Studio:
         """The same model and examples under other settings of the method."""
         recipe = dataclasses.replace(self.recipe, **settings)
         views = find_scales(self.model, formats_of(recipe.quantization, recipe.moves))
-        return dataclasses.replace(self, recipe=recipe, space=make_space(views, recipe))
+        return dataclasses.replace(self, recipe=recipe, space=make_space(views, recipe, models.bring_of(self.model)))
 
 
 def pick_device(device: str) -> torch.device:
@@ -343,7 +343,12 @@ def prepare_pictures(recipe: Recipe, cache_folder: Path, say: Callable[[str], No
     recipe, placement = place(recipe, folder / "transformer", work, device, cache_folder, notes)
     say(f"loading {known.title} in {recipe.quantization}")
     transformer = models.load_transformer(
-        folder, quantization=recipe.quantization, device=device, dtype=dtype, placement=placement
+        folder,
+        quantization=recipe.quantization,
+        device=device,
+        dtype=dtype,
+        transport=recipe.transport,
+        placement=placement,
     )
     space = tuned(transformer, recipe, notes)
     if not held_out:
@@ -359,7 +364,7 @@ def prepare_pictures(recipe: Recipe, cache_folder: Path, say: Callable[[str], No
         say(f"asking the base for {len(plain)} pictures without the trigger, to keep them as they are")
         pipe = models.pipeline(folder, transformer)
         found, count = [], together(recipe)
-        with space.folded(torch.zeros(space.layout.size, device=device)):
+        with space.folded(torch.zeros(space.layout.size, device=space.home(device))):
             for width, height in dict.fromkeys(bucket for _, bucket in placed):
                 for i in range(0, len(plain), count):
                     found += answers(pipe, [text[prompt] for prompt in plain[i : i + count]], text[""],
@@ -487,7 +492,12 @@ def language_model(
     recipe, placement = place(recipe, folder, work, device, cache_folder, notes)
     say(f"loading {models.describe(recipe.model).title} in {recipe.quantization}")
     model = models.load_language_model(
-        folder, quantization=recipe.quantization, device=device, dtype=dtype, placement=placement
+        folder,
+        quantization=recipe.quantization,
+        device=device,
+        dtype=dtype,
+        transport=recipe.transport,
+        placement=placement,
     )
     return recipe, model, tuned(model, recipe, notes)
 
@@ -543,15 +553,15 @@ def place(
     recipe: Recipe, part: Path, work: plan.Work, device: torch.device, cache_folder: Path, notes: list[str]
 ) -> tuple[Recipe, models.Placement]:
     """Where the blocks of the model in `part` go, by the recipe's `memory` and `offload`; what was derived is in the
-    recipe that comes back, and in the notes. Raises PlanError where nothing fits, RecipeError for other formats."""
+    recipe that comes back, and in the notes. Raises PlanError where nothing fits, RecipeError for what it cannot do."""
+    if recipe.transport != "whole" and not recipe.memory and recipe.offload not in ("cpu", "disk"):
+        raise RecipeError(
+            f'transport = "{recipe.transport}" is for blocks that stream, and here none do; set offload to "cpu" or '
+            '"disk", or memory, or transport to "whole"'
+        )
     if not recipe.memory:
         return recipe, streaming(recipe.offload, part, cache_folder)
-    if recipe.quantization not in plan.KNOWN:
-        raise RecipeError(
-            f"memory is reckoned for {', '.join(plan.KNOWN)}, not for {recipe.quantization}; set rows and offload "
-            "instead"
-        )
-    model = plan.skeleton(read_json(part / "config.json"), recipe.quantization, work.dtype)
+    model = plan.outlined(part, recipe.quantization, work.dtype, recipe.transport)
     memory, tier = budget(recipe, device), recipe.offload
     host = 0  # bytes of blocks that wait in memory, where the others are in files
     if tier == "auto":
@@ -591,7 +601,7 @@ def tuned(model: torch.nn.Module, recipe: Recipe, notes: list[str]) -> Space:
     views = find_scales(model, formats_of(recipe.quantization, recipe.moves))
     prove_finite(model, views)
     prove_live(views)
-    space = make_space(views, recipe)
+    space = make_space(views, recipe, models.bring_of(model))
     if space.left_out:
         notes.append(f"{len(space.left_out)} layers stay frozen: their groups straddle rows ({space.left_out[0]}, ...)")
     return space
@@ -601,7 +611,7 @@ def prove_finite(model: torch.nn.Module, views: dict[str, ScaleView]) -> None:
     """Raises ModelError for a model with weights that are not finite: every loss would be none."""
     dense = ((n, p) for n, p in (*model.named_parameters(), *model.named_buffers()) if p.is_floating_point())
     for name, tensor in (*((n, view.base) for n, view in views.items()), *dense):
-        if not tensor.isfinite().all():
+        if not (tensor.float() if tensor.itemsize == 1 else tensor).isfinite().all():  # fp8 cannot be asked
             raise models.ModelError(f"the weights of {name} are not finite numbers; download the model again")
 
 
@@ -631,7 +641,7 @@ class Training:
 
     def __init__(self, run: Run, studio: Studio):
         self.run, self.studio, self.recipe = run, studio, studio.recipe
-        self.method = make_method(studio.space, self.recipe, studio.model.device)
+        self.method = make_method(studio.space, self.recipe, studio.space.home(studio.model.device))
         found = levels(studio.space.views, self.recipe.depth)
         self.prefixes = [Prefix(studio.model, level) if level.first else None for level in found]
         self.rows = rows_of(studio)
@@ -692,7 +702,7 @@ class Training:
         replays: dict[tuple, Replay] = {}
 
         def evaluated(outputs: Callable, batch: Any, level: int, probes: Probes, fresh: bool) -> Tensor:
-            rows = lambda index: outputs(batch.take(index.to(theta.device)))  # noqa: E731
+            rows = lambda index: outputs(batch.take(index.to(self.studio.model.device)))  # noqa: E731
             prefix = self.prefixes[level] if outputs.__name__ in task.one_pass else None
             space = self.studio.space
             if prefix and (level, fresh) not in replays:
@@ -855,7 +865,7 @@ def measured(studio: Studio, theta: Tensor, rows: int) -> tuple[list[float], dic
 
 def replayed(studio: Studio, journal: list[Record]) -> GaussNewton | ZO:
     """The method after the steps of a journal, from nothing else."""
-    method = make_method(studio.space, studio.recipe, studio.model.device)
+    method = make_method(studio.space, studio.recipe, studio.space.home(studio.model.device))
     for record in journal:
         method.apply(record)
     return method
