@@ -4,6 +4,8 @@
 
 Formats that the result file has with the same settings are not measured again: remove it to begin anew.
 
+The figures go to results/formats.json, and as a table to results/formats.md.
+
 Counted: the bytes of the model's tensors, of theta, and of a Gauss-Newton step's directions and features. Measured, in
 a process of its own for each format: a CPU's resident memory at the peak of a plain forward of ROWS rows, and of a step
 of each method in passes of as many rows, above what it was before. "beyond" is what a step took that model, forward,
@@ -166,6 +168,25 @@ def _tensors(model: torch.nn.Module):
             yield layer.state.SCB
 
 
+def table(figures: dict[str, dict[str, float]], settings: dict[str, int]) -> str:
+    """All formats as Markdown; MB."""
+    lines = [
+        f"Megabytes of a training step of a language model, {settings['width']} wide, {settings['blocks']} blocks, in "
+        f"passes of {settings['rows']} rows: above what the process had before. A step is forward, theta, what its "
+        'method counts, and "beyond". Made by benchmarks/formats.py.',
+        "",
+        "| format | model | plain forward | " + " | ".join(f"{m}: step | counted | beyond" for m in METHODS) + " |",
+        "|---|---|---|" + "---|" * (3 * len(METHODS)),
+    ]
+    for format, found in figures.items():
+        cells = [found["model"], found["plain forward"]]
+        for m in METHODS:
+            held = found[f"theta: {m}"] + found[f"directions and features: {m}"]
+            cells += [found[f"step: {m}"], held, found[f"beyond: {m}"]]
+        lines.append(f"| {format} | " + " | ".join(f"{cell:.1f}" for cell in cells) + " |")
+    return "\n".join([*lines, ""])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--width", type=int, default=512)
@@ -198,6 +219,7 @@ def main() -> None:
             child.join()
             print(format, json.dumps(figures[format]), flush=True)
             save("formats", {**settings, "megabytes": figures})
+    (RESULTS / "formats.md").write_text(table(figures, settings))
     print(file)
 
 

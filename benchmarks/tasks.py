@@ -167,7 +167,8 @@ def unseen(task: str, recipe: Recipe) -> Studio:
 def rewarded(task: Rewarded) -> dict[str, float]:
     """Rewards of answers to held-out prompts: the mean of ANSWERS sampled ones each, and of the greedy one."""
     prompts = list(range(task.trained, len(task.prompts)))
-    asked = [task._asked(prompts, [(i << 32) + n for n in prompts]) for i in range(ANSWERS)]
+    seeds = np.random.default_rng(0).integers(2**31, size=(ANSWERS, len(prompts)))  # a generator reads no more bits
+    asked = [task._asked(prompts, row.tolist()) for row in seeds]
     sampled = [r for part in asked for r in task._rewards(part, task._written(part))]
     greedy = task._rewards(asked[0], task._written(asked[0], sampled=False))
     return {"sampled": float(np.mean(sampled)), "greedy": float(np.mean(greedy)), "prompts": len(prompts)}
