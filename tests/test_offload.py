@@ -10,6 +10,7 @@ import test_text_train
 import test_train
 import tiny
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 from test_probes import BATCH, SPACES, probes_of, sd3_loss, some_theta
 from test_train import go
@@ -504,20 +505,35 @@ def test_a_run_whose_weights_travel_narrow_goes_on_as_it_began(recipes, what, tm
 # Text encoders
 
 
+def safetensors_dtypes(folder) -> set[str]:
+    found = set()
+    for path in folder.glob("*.safetensors"):
+        with safe_open(path, framework="pt") as file:
+            found |= {file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118
+    return found
+
+
 @pytest.mark.parametrize("folder", ["tiny", "embedded"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_text_encoders_that_stream_encode_bit_for_bit(tiny_folder, folder, dtype):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_text_encoders_that_stream_encode_bit_for_bit(tiny_folder, folder, dtype, tmp_path):
+    """From host memory, and from the files of T5 or, where those are in another dtype, of a copy."""
     folder = tiny_folder if folder == "tiny" else models.locate("tiny-sd3")
     length, outcome = models.text_length(folder), []
-    for streamed in (False, True):
-        encoders = models.load_text_encoders(folder, dtype=dtype, streamed=streamed)
+    for store in (None, tmp_path, None):
+        encoders = models.load_text_encoders(folder, dtype=dtype, streamed=bool(outcome), store=outcome and store)
         with torch.no_grad():
             given = [
                 encoders.encode_prompt(p, None, None, do_classifier_free_guidance=False, max_sequence_length=length)
                 for p in ("a red sun", "", "a much longer caption of a bell")
             ]
         outcome.append([t for prompt, _, pooled, _ in given for t in (prompt, pooled)])
-    assert all(torch.equal(a, b) for a, b in zip(*outcome, strict=True))
+        if outcome[1:] and store:
+            assert encoders.text_encoder_3.mover.from_disk
+            there = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}[dtype]
+            # in fp16, some of T5 computes in fp32
+            copied = dtype == torch.float16 or safetensors_dtypes(folder / "text_encoder_3") != {there}
+            assert bool(list(tmp_path.glob("*/*.safetensors"))) == copied
+    assert all(torch.equal(a, b) and torch.equal(a, c) for a, b, c in zip(*outcome, strict=True))
     movers = [encoders.text_encoder.mover, encoders.text_encoder_2.mover, encoders.text_encoder_3.mover]
     t5 = encoders.text_encoder_3
     assert [block.name for block in movers[2].blocks] == [f"encoder.block.{i}" for i in range(len(t5.encoder.block))]

@@ -7,6 +7,7 @@ parts there are. `locate`, `MODELS`, `ModelError` and others are theirs, given h
 import json
 import os
 import shutil
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -162,17 +163,23 @@ def bring_of(model: nn.Module) -> Callable | None:
 
 
 def encoders_for(
-    folder: Path, device: torch.device, dtype: torch.dtype, memory: int = 0, streamed: bool = False
+    folder: Path,
+    device: torch.device,
+    dtype: torch.dtype,
+    memory: int = 0,
+    streamed: bool = False,
+    store: Path | None = None,
 ) -> tuple[str, Callable]:
     """(how T5 is held on this device, a function that loads the encoders so): for `cache.embeddings`.
 
     memory: bytes of the device that may be used, if bounded: encoders that are larger stream. streamed: they do anyway.
+    store: where T5's blocks wait as files, if they are not to wait in host memory.
     Streamed or not, embeddings are the same, bit for bit. Where nothing is said, T5 is quantised if it does not fit.
     """
     streamed = streamed or 0 < memory < text_bytes(folder)
     held = "none" if streamed or memory else text_quantization(folder, device)
     return held, partial(
-        load_text_encoders, folder, device=device, dtype=dtype, quantization=held, streamed=streamed
+        load_text_encoders, folder, device=device, dtype=dtype, quantization=held, streamed=streamed, store=store
     )  # fmt: skip
 
 
@@ -193,19 +200,25 @@ def load_text_encoders(
     dtype: torch.dtype = torch.float32,
     quantization: str = "none",
     streamed: bool = False,
+    store: Path | None = None,
 ) -> StableDiffusion3Pipeline:
     """diffusers' own pipeline with tokenizers and text encoders only: call its `encode_prompt`, then drop it.
 
     `quantization` is that of T5 alone (4.8 billion weights in SD3.5); the CLIPs are small and stay dense. streamed: the
-    blocks of all three wait in host memory and pass through the slots of a `Mover` each.
+    blocks of all three wait in host memory and pass through the slots of a `Mover` each; with a `store`, those of T5 as
+    files there.
     """
     folder = Path(folder)
     parts = {}
     for name, (encoder, tokenizer) in TEXT_PARTS.items():
         kind = quantization if encoder is T5EncoderModel else "none"
-        parts[name] = _text_encoder(encoder, folder / name, kind, "cpu" if streamed else device, dtype)
-        if streamed:
-            stream(parts[name], torch.device(device))
+        if streamed and store and encoder is T5EncoderModel:
+            how = {"quantization": "none", "device": torch.device(device), "dtype": dtype, "transport": "whole"}
+            parts[name] = _placed(folder / name, Placement(sys.maxsize, store=store), **how)
+        else:
+            parts[name] = _text_encoder(encoder, folder / name, kind, "cpu" if streamed else device, dtype)
+            if streamed:
+                stream(parts[name], torch.device(device))
         name = name.replace("text_encoder", "tokenizer")
         with _whole(folder / name):
             parts[name] = tokenizer.from_pretrained(folder / name, local_files_only=True)

@@ -60,6 +60,7 @@ MADE = ("nf4", "fp4", "int8", "none")  # what a plain model can be loaded as
 READ = ("gptq", "aqlm")  # what a model must come in
 SUMS = "sha256.json"  # of a copy's files, beside them
 QUANTIZATIONS = (*MADE, *READ)
+ENCODERS = ("T5EncoderModel",)  # of a diffusers pipeline, of transformers: what is large enough to lie on disk
 NARROW = tuple(narrow.FORMS)  # how a plain model's blocks may wait and travel
 # On a CPU, weights are quantised this many at a time (whole blocks). The temporary tensors of larger pieces
 # leave gaps in the heap that are not used again: with whole layers, more than the model's own size was lost.
@@ -312,7 +313,7 @@ def _refuse_others(folder: Path, config: dict) -> None:
 def _empty_model(folder: Path, config: dict, dtype: torch.dtype) -> nn.Module:
     """The model that config.json describes, without weights. Code that a folder brings along is never run."""
     if "model_type" in config:
-        return _language_model(folder, dtype)
+        return _text_encoder(folder, config, dtype) or _language_model(folder, dtype)
     name = config.get("_class_name")
     cls = getattr(diffusers, name, None) if isinstance(name, str) else None
     if not (isinstance(cls, type) and issubclass(cls, diffusers.ModelMixin)):
@@ -322,6 +323,21 @@ def _empty_model(folder: Path, config: dict, dtype: torch.dtype) -> nn.Module:
     try:
         return cls.from_config(config)
     except IMPOSSIBLE as error:
+        raise ModelError(
+            f"{folder / 'config.json'} is damaged: no {name} can be made of it ({first_line(error)}); download it again"
+        ) from error
+
+
+def _text_encoder(folder: Path, config: dict, dtype: torch.dtype) -> transformers.PreTrainedModel | None:
+    """One of ENCODERS, if the config is of such a one."""
+    name = next(iter(config.get("architectures") or ()), None)
+    if name not in ENCODERS:
+        return None
+    try:
+        return getattr(transformers, name)._from_config(
+            transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False), dtype=dtype
+        )
+    except (*IMPOSSIBLE, OSError) as error:
         raise ModelError(
             f"{folder / 'config.json'} is damaged: no {name} can be made of it ({first_line(error)}); download it again"
         ) from error
@@ -391,6 +407,8 @@ def _kept_in_fp32(model: nn.Module, name: str) -> bool:
 
 
 def _dense_dtype(model: nn.Module, name: str, dtype: torch.dtype) -> torch.dtype:
+    if isinstance(model, transformers.PreTrainedModel) and dtype == torch.bfloat16:
+        return dtype  # transformers keeps parts in fp32 that fp16 is too narrow for
     return torch.float32 if _kept_in_fp32(model, name) else dtype
 
 

@@ -334,7 +334,8 @@ def prepare_pictures(recipe: Recipe, cache_folder: Path, say: Callable[[str], No
     prompts = asked or preview_prompts([p.caption for (p, _), _ in train], [p.caption for (p, _), _ in held_out])
     captions = ["", *prompts, *(picture.caption for picture in found)]
     away = recipe.offload in ("cpu", "disk")
-    encoders = models.encoders_for(folder, device, dtype, budget(recipe, device), away)
+    waiting = cache_folder / "blocks" if on_disk(recipe, models.text_bytes(folder)) else None
+    encoders = models.encoders_for(folder, device, dtype, budget(recipe, device), away, waiting)
     plain = plain_prompts([picture.caption for picture in found], recipe.trigger) if recipe.prior else []
     text = cache.embeddings(store, folder, [*captions, *plain], models.text_length(folder), *encoders)
 
@@ -581,6 +582,11 @@ def streaming(offload: str, part: Path, cache_folder: Path) -> models.Placement:
         return models.RESIDENT
     blocks = len(plan.block_names(plan.skeleton(read_json(part / "config.json"))))
     return models.Placement(blocks, plan.SLOTS, cache_folder / "blocks" if offload == "disk" else None, ends=True)
+
+
+def on_disk(recipe: Recipe, size: int) -> bool:
+    """Whether text encoders of so many bytes wait in files where they stream: as asked, or for want of memory."""
+    return recipe.offload == "disk" or recipe.offload == "auto" and size > 0.8 * psutil.virtual_memory().available
 
 
 def budget(recipe: Recipe, device: torch.device) -> int:
