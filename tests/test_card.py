@@ -45,6 +45,17 @@ def exported(run, tmp_path_factory) -> Path:
     return open_style(run.path, folder / "cache").export(folder / "gold", 1.2)
 
 
+def test_a_folder_appears_with_its_card_or_not_at_all(run, tmp_path, monkeypatch):
+    def full(path: Path, data: str) -> None:
+        assert (path.parent / "images").is_dir()
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(card, "write_atomic", full)
+    with pytest.raises(OSError, match="No space"):
+        open_style(run.path, tmp_path / "cache").export(tmp_path / "out" / "gold")
+    assert list((tmp_path / "out").iterdir()) == []
+
+
 @pytest.mark.parametrize("form", ["style", "style-journal"])
 def test_the_snippet_of_a_style_runs_as_it_stands(run, form, tmp_path):
     file = run.path / f"{form}.safetensors"

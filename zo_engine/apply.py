@@ -70,10 +70,9 @@ class StyledPipeline(Styled):
 
     def export(self, out: Path, strength: float = 1.0) -> Path:
         """A complete diffusers folder with the style in its scales and a model card; plain diffusers loads it."""
+        about = out.name, card.read(style_file(self.source)), strength, samples(self.source, self.style)
         with self.at(strength):
-            models.export(self.folder, self.model, out)
-        card.write(out, card.read(style_file(self.source)), strength, samples(self.source, self.style))
-        return out
+            return models.export(self.folder, self.model, out, lambda work: card.write(work, *about))
 
 
 @dataclass
@@ -103,10 +102,9 @@ class StyledLanguageModel(Styled):
 
     def export(self, out: Path, strength: float = 1.0) -> Path:
         """A complete folder with the style in its scales and a model card; plain transformers loads it."""
+        about = out.name, card.read(style_file(self.source)), strength, [], said(self.source, self.style)
         with self.at(strength):
-            models.export_language_model(self.folder, self.model, out)
-        card.write(out, card.read(style_file(self.source)), strength, [], said(self.source, self.style))
-        return out
+            return models.export_language_model(self.folder, self.model, out, lambda work: card.write(work, *about))
 
     def export_adapter(self, out: Path, strength: float = 1.0) -> Path:
         """The style alone as a PEFT adapter (IA3), where the two are equal: see `ia3`."""

@@ -125,28 +125,34 @@ print(tokenizer.decode(found[0, given["input_ids"].shape[1] :], skip_special_tok
 
 
 def write(
-    folder: Path, known: Known, strength: float, samples: list[Path], answers: list[tuple[str, str, str]] = ()
+    folder: Path,
+    name: str,
+    known: Known,
+    strength: float,
+    samples: list[Path],
+    answers: list[tuple[str, str, str]] = (),
 ) -> None:
-    """Put the model card, README.md, and its sample pictures into an exported folder; `answers` are (prompt, before,
-    after)."""
+    """Put the model card, README.md, and its sample pictures into an exported folder that is going to be called `name`;
+    `answers` are (prompt, before, after)."""
     shown = []
     for picture in samples[:SAMPLES]:
         (folder / "images").mkdir(exist_ok=True)
         shutil.copyfile(picture, folder / "images" / picture.name)
         with Image.open(picture) as image:
             shown.append((f"images/{picture.name}", str(image.info.get("prompt", ""))))
-    write_atomic(folder / "README.md", text(folder, known, strength, shown, answers))
+    write_atomic(folder / "README.md", text(folder, name, known, strength, shown, answers))
 
 
 def text(
     folder: Path,
+    name: str,
     known: Known,
     strength: float,
     samples: list[tuple[str, str]],
     answers: list[tuple[str, str, str]] = (),
 ) -> str:
     """The model card; `samples` are (file, prompt), `answers` are (prompt, before, after)."""
-    name, trigger = folder.name, known.facts.get("trigger", "")
+    trigger = known.facts.get("trigger", "")
     model = known.base.get("model", "")
     if Path(model).is_absolute():
         model = Path(model).name  # where it lies on this machine concerns nobody

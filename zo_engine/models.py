@@ -103,6 +103,7 @@ class Placement:
 
 
 RESIDENT = Placement()
+Finish = Callable[[Path], None]  # what is done to an exported folder at last
 
 
 def load_transformer(
@@ -300,12 +301,12 @@ def drawing(folder: Path, transformer: nn.Module, bounded: bool = False) -> Stab
     return pipeline(folder, transformer, vae)
 
 
-def export(base: Path, transformer: diffusers.ModelMixin, out: Path) -> Path:
+def export(base: Path, transformer: diffusers.ModelMixin, out: Path, finish: Finish = lambda work: None) -> Path:
     """Write a complete pipeline folder to `out`: this transformer, quantised as it is, all else from `base`.
 
     Plain diffusers loads it on a GPU. Weights that do not change are hard links to the base's where the disk
-    allows it. The folder appears under its name only once it has been loaded again and found equal, bit for
-    bit.
+    allows it. The folder appears under its name only once it has been loaded again and found equal, bit for bit, and
+    `finish` has put into it what else belongs there.
     Raises ModelError if `out` exists or the check fails; OSError for a full disk, nothing being left behind.
     """
     with _appearing(Path(out)) as work, widened(transformer):
@@ -313,15 +314,16 @@ def export(base: Path, transformer: diffusers.ModelMixin, out: Path) -> Path:
         # One file, however large: diffusers looks for a weight's scales in the weight's own shard only.
         transformer.save_pretrained(work / "transformer", safe_serialization=True, max_shard_size="1TB")
         _prove_equal(transformer, partial(load_transformer, work))
+        finish(work)
     return Path(out)
 
 
-def export_language_model(base: Path, model: PreTrainedModel, out: Path) -> Path:
+def export_language_model(base: Path, model: PreTrainedModel, out: Path, finish: Finish = lambda work: None) -> Path:
     """Write a complete folder to `out`: this model, quantised as it is, and the tokenizer and licence from `base`.
 
     Plain transformers loads it. Of GPTQ and AQLM it is a copy of `base` with other scales, rounded to the dtype that
-    they have there (fp16: by 0.05 % at most). As with `export`, the folder appears once it has been loaded again and
-    found equal, and raises the same.
+    they have there (fp16: by 0.05 % at most). As with `export`, the folder appears once it has been loaded again, found
+    equal and finished, and raises the same.
     """
     with _appearing(Path(out)) as work, widened(model):
         for file in Path(base).iterdir():
@@ -332,6 +334,7 @@ def export_language_model(base: Path, model: PreTrainedModel, out: Path) -> Path
         else:
             model.save_pretrained(work, max_shard_size="1TB")  # its config.json takes the place of the base's
         _prove_equal(model, partial(load_language_model, work))
+        finish(work)
     return Path(out)
 
 
