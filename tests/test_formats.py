@@ -291,7 +291,7 @@ def test_plain_weights_in_the_absolute_form_are_mezo(base, texts, tmp_path):
     plain = load_language_model(base, quantization="none")
     weights = {name: plain.get_submodule(name.removesuffix(".groups")).weight.data for name in space.layout.shapes}
     assert weights.keys() == {f"{n}.groups" for n, m in plain.named_modules() if type(m) is nn.Linear}
-    theirs = training.Language(plain, task.train, task.held_out, seed=ours.seed)
+    theirs = training.Language(plain, task.train, task.held_out, seed=ours.seed, contrast=task.contrast)
     for step in range(steps):
         z = space.layout.split(directions("gaussian", space.layout, ours.seed, step, [step])[0])
 

@@ -153,7 +153,9 @@ class Reading:
             loss = cross_entropy(self.logits, self.labels, ignore_index=IGNORED)
         else:
             loss = self.losses().sum() / (self.labels != IGNORED).sum()
-        return loss - CHOICE * self._choices().log_softmax(1)[:, 0].sum() if self._parted.any() else loss
+        if self.asked.shape[1] == 1:
+            return loss
+        return loss - CHOICE * self._choices().log_softmax(1)[:, 0].sum()
 
     def losses(self) -> Tensor:
         """Cross-entropy of each learnt token [n], 0 at the other places."""
