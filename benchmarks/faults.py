@@ -84,6 +84,7 @@ def kills(count: int, seed: int, plant: str = "none") -> dict:
     with tempfile.TemporaryDirectory(prefix="qzo-kills-") as folder:
         words = ["--kills", str(count), "--seed", str(seed), "--plant", plant]
         table = last_line([sys.executable, "tests/killing.py", f"{folder}/kills", *words])
+    table["noticed"] = {name: said.replace(f"{folder}/", "") for name, said in table["noticed"].items()}
     table["failed"] = table["lost"] + [f"not noticed: {name}" for name, seen in table["planted"].items() if not seen]
     return table | {"tried": table["kills"] + len(table["planted"])}
 

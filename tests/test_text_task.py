@@ -258,10 +258,8 @@ def test_features_do_not_depend_on_the_neighbours_but_for_positions_where_only_t
     for row in range(4):
         alone = token_features(model, batch.take(torch.tensor([row])))[0]
         found = together[row]
-        places = 2 if choices and row else 0
-        assert found[1:].square().sum() == pytest.approx(
-            2 + 2 * CHOICE * places
-        )  # probabilities of each token sum to one
+        among = 2 * CHOICE if choices and row else 0  # in two places
+        assert found[1:].square().sum() == pytest.approx(2 + 2 * among)  # probabilities of each token sum to one
         torch.testing.assert_close(found[found != 0], alone[alone != 0])
 
 

@@ -19,7 +19,7 @@ from zo_engine.scales import find_scales, formats_of, prove_live
 from zo_engine.style import Style, StyleError, checked_strength, load_style, make_space, theta_of
 from zo_engine.tasks.diffusion import sample
 from zo_engine.texts import Message
-from zo_engine.train import Prompt, pick_device, pick_dtype, reply, streaming
+from zo_engine.train import Prompt, form, pick_device, pick_dtype, reply, streaming
 
 
 @dataclass
@@ -210,8 +210,7 @@ def open_style(
     load = models.load_language_model if language else models.load_transformer
     placement = streaming(offload, folder if language else folder / "transformer", Path(cache_folder))
     dtype = pick_dtype(recipe.dtype, where)
-    how = {"quantization": recipe.quantization, "dtype": dtype, "transport": recipe.transport}
-    base = load(folder, device=where, placement=placement, **how)
+    base = load(folder, placement=placement, **form(recipe, where, dtype))
     views = find_scales(base, formats_of(recipe.quantization, recipe.moves))
     space = make_space(views, recipe, models.bring_of(base))
     theta = theta_of(style, space, models.code_hash(base), where)

@@ -343,14 +343,7 @@ def prepare_pictures(recipe: Recipe, cache_folder: Path, say: Callable[[str], No
     work = plan.Work.of(recipe, len(text[""][0]), max(sizes, key=math.prod), dtype)
     recipe, placement = place(recipe, folder / "transformer", work, device, cache_folder, notes)
     say(f"loading {known.title} in {recipe.quantization}")
-    transformer = models.load_transformer(
-        folder,
-        quantization=recipe.quantization,
-        device=device,
-        dtype=dtype,
-        transport=recipe.transport,
-        placement=placement,
-    )
+    transformer = models.load_transformer(folder, placement=placement, **form(recipe, device, dtype))
     space = tuned(transformer, recipe, notes)
     if not held_out:
         notes.append("too few pictures to hold some out: the held-out loss is measured on training pictures")
@@ -492,14 +485,7 @@ def language_model(
     work = plan.Work.of(recipe, longest, None, dtype)
     recipe, placement = place(recipe, folder, work, device, cache_folder, notes)
     say(f"loading {models.describe(recipe.model).title} in {recipe.quantization}")
-    model = models.load_language_model(
-        folder,
-        quantization=recipe.quantization,
-        device=device,
-        dtype=dtype,
-        transport=recipe.transport,
-        placement=placement,
-    )
+    model = models.load_language_model(folder, placement=placement, **form(recipe, device, dtype))
     return recipe, model, tuned(model, recipe, notes)
 
 
@@ -550,6 +536,13 @@ def rewarding(name: str, contents: texts.Contents, say: Callable[[str], None]) -
     return rewards.load(name)
 
 
+def form(recipe: Recipe, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
+    """How the recipe's model is held, as `models.load_transformer` and `load_language_model` take it."""
+    return {
+        "quantization": recipe.quantization, "device": device, "dtype": dtype, "transport": recipe.transport
+    }  # fmt: skip
+
+
 def place(
     recipe: Recipe, part: Path, work: plan.Work, device: torch.device, cache_folder: Path, notes: list[str]
 ) -> tuple[Recipe, models.Placement]:
@@ -566,7 +559,7 @@ def place(
     memory, tier = budget(recipe, device), recipe.offload
     host = 0  # bytes of blocks that wait in memory, where the others are in files
     if tier == "auto":
-        host = int(0.8 * psutil.virtual_memory().available)
+        host = host_room()
         tier = "cpu" if plan.sizes(model)[0] < host else "disk"
     made = plan.fitting(model, work, memory, recipe.rows, tier, host=host)
     made = plan.phased(made, model, work, plan.beside(part), recipe, memory)
@@ -586,7 +579,12 @@ def streaming(offload: str, part: Path, cache_folder: Path) -> models.Placement:
 
 def on_disk(recipe: Recipe, size: int) -> bool:
     """Whether text encoders of so many bytes wait in files where they stream: as asked, or for want of memory."""
-    return recipe.offload == "disk" or recipe.offload == "auto" and size > 0.8 * psutil.virtual_memory().available
+    return recipe.offload == "disk" or recipe.offload == "auto" and size > host_room()
+
+
+def host_room() -> int:
+    """Bytes of host memory that what waits may take: four fifths of what is free now."""
+    return int(0.8 * psutil.virtual_memory().available)
 
 
 def budget(recipe: Recipe, device: torch.device) -> int:
