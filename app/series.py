@@ -2,6 +2,7 @@
 
 import json
 import math
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Lock
@@ -36,11 +37,19 @@ class _Tail:
             whole = new[: new.rfind(b"\n") + 1]  # a last line may be torn
             for line in whole.splitlines():
                 try:
-                    self.lines.append(json.loads(line))
+                    self.lines.append(_drawn(json.loads(line)))
                 except json.JSONDecodeError:
                     continue  # a damaged line; resuming names it
             self.end += len(whole)
         return self.lines
+
+
+def _drawn(line: dict[str, Any]) -> dict[str, Any]:
+    """What curves need of a line. A number for each direction or item would be kilobytes a step, for as long as a page
+    is open: of slopes their mean is left, of weights and items nothing."""
+    slopes = [abs(d) for d in line.get("slopes", ()) if d is not None]
+    kept = {sys.intern(name): value for name, value in line.items() if name not in ("weights", "slopes", "items")}
+    return kept | {"slope": sum(slopes) / len(slopes)} if slopes else kept
 
 
 _tails: dict[Path, _Tail] = {}
@@ -115,11 +124,7 @@ class Series:
 
     def slopes(self) -> list[Curve]:
         """Of the methods that go by slopes: their mean, and the clip that bounds them."""
-        rows = []
-        for line in self.journal:
-            slopes = [abs(d) for d in line.get("slopes", ()) if d is not None]
-            if slopes:
-                rows.append([line["step"] + 1, sum(slopes) / len(slopes), line["clip"]])
+        rows = [[line["step"] + 1, line["slope"], line["clip"]] for line in self.journal if "slope" in line]
         return _curves(rows, 2)
 
     def step_sizes(self) -> Curve:

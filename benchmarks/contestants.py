@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import count
 from pathlib import Path
 
 import peft
@@ -61,23 +62,24 @@ class Found:
 # --- zeroth order -----------------------------------------------------------------------------------------------------
 
 
-def zeroth(studio: Studio, recipe: Recipe, every: int) -> Found:
-    """Train as the recipe says and note the held-out loss every `every` steps."""
+def zeroth(studio: Studio, recipe: Recipe, every: int, within: float = 0) -> Found:
+    """Train as the recipe says and note the held-out loss every `every` steps. within: forwards, up to which more steps
+    follow upon those of the recipe; nothing of a step of Gauss-Newton depends on how many follow."""
     with tempfile.TemporaryDirectory() as folder:
         run = Run.create(Path(folder) / "run", recipe)
         studio = studio.changed(**vars(recipe))
         training = Training(run, studio)
         forwards, curve = 0.0, []
-        for step in range(recipe.steps + 1):
-            if step % every == 0 or step == recipe.steps:
+        for step in count():
+            ends = step >= recipe.steps and forwards >= within
+            if step % every == 0 or ends:
                 training.evaluate()
                 figures = run.evaluations()[-1]
                 loss = training.held_out if training.held_out is not None else float("nan")
                 curve.append((forwards, loss, *(figures[n] for n in ("accuracy", "reward") if n in figures)))
-                if curve[-1][1] != curve[-1][1] or curve[-1][1] > 3 * curve[0][1]:
-                    break  # it explodes
-            if step < recipe.steps:
-                forwards += price(studio, training)
+                if ends or not curve[-1][1] <= 3 * curve[0][1]:
+                    break  # at the end, or it explodes
+            forwards += price(studio, training)
         theta = training.theta_at(training.best[1])
         return Found(curve, partial(studio.space.folded, theta), theta if recipe.space == "gain" else None)
 

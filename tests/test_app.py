@@ -12,6 +12,7 @@ import socket
 import subprocess
 import sys
 import time
+import tracemalloc
 import zipfile
 from functools import partial
 from pathlib import Path
@@ -796,6 +797,25 @@ def test_few_long_steps_are_told_as_they_go(place):
     assert series.gains().x == [1] and series.gains().y == pytest.approx([10])
     assert series.sizes().y == [2.0, 0.0] and "Gain of a step" in figures.method(series)
     assert figures.charts(series, []).count('class="point') == 2  # every step is marked
+
+
+def test_a_long_run_is_no_more_to_the_page_than_its_curves(place):
+    """A step has hundreds of weights or slopes, and an evaluation as many items: none of them is drawn."""
+    run = Run.create(place.runs / "long", Recipe())
+    many, steps = tuple(0.1 + i for i in range(400)), 200
+    for step in range(steps // 2):
+        run.append_step(Move(step, many, 0.02, 0.8, 0.1, tried=(0.8, 0.9)))
+    for step in range(steps // 2, steps):
+        run.append_step(Step(step, tuple(-d for d in many), 3.0, 1e-3, 0.8))
+    run.append_evaluation({"step": 0, "loss": 0.9, "items": many})
+    tracemalloc.start()
+    series = Series.of(run)
+    kept, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert len(series.journal) == steps and len(series.evaluations) == 1
+    slopes, clip = series.slopes()
+    assert slopes.y == pytest.approx([sum(many) / len(many)] * (steps // 2)) and clip.y[0] == 3.0
+    assert kept / steps < 2000  # bytes; 400 numbers alone are 12,800
 
 
 # Answers and conversation
