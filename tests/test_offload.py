@@ -577,7 +577,7 @@ def recipes(recipe, tmp_path_factory) -> dict[str, Recipe]:
     ("what", "changes"),
     [("pictures", {}), ("texts", {}), ("texts", {"space": "group", "optimizer": "adam", "directions": 1})],
 )
-def test_a_streamed_run_is_the_resident_run(recipes, what, changes, tmp_path):
+def test_a_streamed_run_is_the_resident_run(recipes, what, changes, tmp_path, monkeypatch):
     recipes = {what: dataclasses.replace(recipes[what], **changes)}
     read = {"pictures": test_train.results, "texts": test_text_train.results}[what]
     resident = go(training.prepare(recipes[what], tmp_path / "cache"), tmp_path / "resident")
@@ -591,6 +591,14 @@ def test_a_streamed_run_is_the_resident_run(recipes, what, changes, tmp_path):
     assert styled.model.mover.from_disk
     assert open_style(resident.path, tmp_path / "cache").model.__dict__.get("mover") is None
     assert open_style(resident.path, tmp_path / "cache", offload="cpu").model.mover.blocks
+    if what == "pictures":  # prompts that are not encoded yet, so that the encoders stream as the model does
+        how = {"size": (32, 32), "seed": 3, "steps": 2, "guidance": 4.0}
+        loaded, load = [], models.load_text_encoders
+        monkeypatch.setattr(models, "load_text_encoders", lambda *a, **k: loaded.append(load(*a, **k)) or loaded[-1])
+        (drawn,) = styled.sample(["a gate"], 1.0, **how)
+        assert loaded[0].text_encoder_3.mover.from_disk
+        (again,) = open_style(resident.path, tmp_path / "another").sample(["a gate"], 1.0, **how)
+        assert again.tobytes() == drawn.tobytes() and len(loaded) == 2 and not hasattr(loaded[1].text_encoder, "mover")
 
 
 def test_memory_is_planned_said_and_kept(recipes, tmp_path):

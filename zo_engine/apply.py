@@ -19,7 +19,7 @@ from zo_engine.scales import find_scales, formats_of, prove_live
 from zo_engine.style import Style, StyleError, checked_strength, load_style, make_space, theta_of
 from zo_engine.tasks.diffusion import sample
 from zo_engine.texts import Message
-from zo_engine.train import Prompt, form, pick_device, pick_dtype, reply, streaming
+from zo_engine.train import Prompt, form, pick_device, pick_dtype, reply, streaming, text_store
 
 
 @dataclass
@@ -43,6 +43,7 @@ class StyledPipeline(Styled):
     """One that draws."""
 
     cache: cache.Cache
+    waiting: Path | None  # where text encoders that stream wait as files
 
     def export_adapter(self, out: Path, strength: float = 1.0) -> Path:
         """Refused: PEFT's IA3 is for language models here."""
@@ -52,8 +53,8 @@ class StyledPipeline(Styled):
         self, prompts: list[str], strength: float, size: tuple[int, int], seed: int, steps: int, guidance: float
     ) -> list[Image.Image]:
         """One picture a prompt at a strength (0 is the base), seeds following on from `seed`."""
-        device = self.model.device
-        encoders = models.encoders_for(self.folder, device, self.model.dtype, streamed=hasattr(self.model, "mover"))
+        how = {"streamed": hasattr(self.model, "mover"), "store": self.waiting}
+        encoders = models.encoders_for(self.folder, self.model.device, self.model.dtype, **how)
         text = cache.embeddings(self.cache, self.folder, ["", *prompts], models.text_length(self.folder), *encoders)
         pipe = models.drawing(self.folder, self.model)
         with self.at(strength):
@@ -218,7 +219,7 @@ def open_style(
     parts = (style, folder, base, space, theta, Path(source))
     if language:
         return StyledLanguageModel(*parts, models.load_tokenizer(folder))
-    return StyledPipeline(*parts, cache.Cache(cache_folder))
+    return StyledPipeline(*parts, cache.Cache(cache_folder), text_store(offload or "auto", folder, cache_folder))
 
 
 def compare(styled: StyledPipeline, prompts: list[str], strength: float, **how) -> Image.Image:

@@ -334,7 +334,7 @@ def prepare_pictures(recipe: Recipe, cache_folder: Path, say: Callable[[str], No
     prompts = asked or preview_prompts([p.caption for (p, _), _ in train], [p.caption for (p, _), _ in held_out])
     captions = ["", *prompts, *(picture.caption for picture in found)]
     away = recipe.offload in ("cpu", "disk")
-    waiting = cache_folder / "blocks" if on_disk(recipe, models.text_bytes(folder)) else None
+    waiting = text_store(recipe.offload, folder, cache_folder)
     encoders = models.encoders_for(folder, device, dtype, budget(recipe, device), away, waiting)
     plain = plain_prompts([picture.caption for picture in found], recipe.trigger) if recipe.prior else []
     text = cache.embeddings(store, folder, [*captions, *plain], models.text_length(folder), *encoders)
@@ -577,9 +577,10 @@ def streaming(offload: str, part: Path, cache_folder: Path) -> models.Placement:
     return models.Placement(blocks, plan.SLOTS, cache_folder / "blocks" if offload == "disk" else None, ends=True)
 
 
-def on_disk(recipe: Recipe, size: int) -> bool:
-    """Whether text encoders of so many bytes wait in files where they stream: as asked, or for want of memory."""
-    return recipe.offload == "disk" or recipe.offload == "auto" and size > host_room()
+def text_store(offload: str, folder: Path, cache_folder: Path) -> Path | None:
+    """Where text encoders that stream wait as files: as asked, or for want of host memory; None: they wait in it."""
+    files = offload == "disk" or offload == "auto" and models.text_bytes(folder) > host_room()
+    return Path(cache_folder) / "blocks" if files else None
 
 
 def host_room() -> int:
