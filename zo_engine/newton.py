@@ -121,7 +121,7 @@ class GaussNewton:
         total, signs = sum(counts), sum(n * part.size for n, part in zip(counts, self.parts, strict=True))
         held = self.directions() if signs <= HELD else None
         gram = torch.zeros(total, total, dtype=torch.float64, device=self.theta.device)
-        slope, loss = gram[0].clone(), 0.0
+        slope, loss = gram[0].clone(), gram[0, 0].clone()  # read at the end: the host runs ahead of the device
         for example in range(batch):
             rises, jacobian, start = [], None, 0
             for part, layout in enumerate(self.parts):
@@ -143,8 +143,8 @@ class GaussNewton:
             curvature = (jacobian @ jacobian.T).double()
             gram += curvature / batch
             slope += (torch.cat(rises) / self.eps - self.eps * curvature.diagonal()) / (2 * batch)
-            loss += first.item() / batch
-        return gram, slope, loss
+            loss += first.double() / batch
+        return gram, slope, loss.item()
 
     def _shortened(self, weights: tuple[float, ...]) -> tuple[float, ...]:
         """The weights of a move that goes no further than REACH, by the length that it has if directions are orthogonal
