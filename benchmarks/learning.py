@@ -208,24 +208,29 @@ def lowest(curve: Curve, within: float = np.inf) -> float:
     return min(point[1] for point in curve if point[0] <= within)
 
 
+def needed(ours: Curve, paper: Curve, loss: float) -> float | None:
+    """The forwards of ours to a loss, as a share of the other's budget; None if it never comes there."""
+    forwards = 0.0 if ours[0][1] <= loss else forwards_to(ours, loss)
+    return None if forwards is None else forwards / paper[-1][0]
+
+
 def targets(results: dict[str, dict[str, Curve]]) -> dict:
     """What ours is asked for, by seed where it is known, and whether it holds:
 
     "a tenth": forwards to the loss that the published form with its best step size has at its budget's end, as a share
-    of that budget; at most TENTH. "share of the gap": of the fall from the base to first-order Adam on the same gains,
-    however long it takes, the part made WITHIN so many forwards; at least SHARE. "worst of the seeds": the least of
-    these shares in the largest; at least 1 - NEAR.
+    of that budget; at most TENTH; none where that loss is no better than the start. Beside it the same to its lowest
+    loss on the way: its curves are noisy, and so is their lowest point, but a user would keep it. "share of the gap":
+    of the fall from the base to first-order Adam on the same gains, however long it takes, the part made WITHIN so many
+    forwards; at least SHARE. "worst of the seeds": the least of these shares in the largest; at least 1 - NEAR.
     """
     found: dict[str, dict] = {}
     ours = results.get(OURS, {})
-    tenth = {}
-    for seed in sorted(ours.keys() & results.get(PAPER, {}).keys()):
-        paper = results[PAPER][seed]
-        needed = forwards_to(ours[seed], lowest(paper))
-        tenth[seed] = None if needed is None else needed / paper[-1][0]
-    if tenth:
-        holds = all(share is not None and share <= TENTH for share in tenth.values())
-        found["a tenth"] = {"seeds": tenth, "holds": holds}
+    both = sorted(ours.keys() & results.get(PAPER, {}).keys())
+    if both:
+        at_end = {seed: needed(ours[seed], results[PAPER][seed], results[PAPER][seed][-1][1]) for seed in both}
+        least = {seed: needed(ours[seed], results[PAPER][seed], lowest(results[PAPER][seed])) for seed in both}
+        holds = all(share is not None and share <= TENTH for share in at_end.values())
+        found["a tenth"] = {"seeds": at_end, "holds": holds, "to its lowest": least}
     shares, long = {}, ours | results.get(LONGER, {})
     for seed in sorted(ours.keys() & results.get(LONG, {}).keys()):
         start = ours[seed][0][1]
@@ -295,7 +300,8 @@ def plot(results: dict[str, dict[str, Curve]], path: Path, tests: dict[str, dict
 def write_all() -> Path:
     """results/arena.md: of every task that was run, the losses, what they cost, and which targets hold."""
     lines = ["# The arena", "", "Made by `python benchmarks/learning.py --all` from the result files beside it.", ""]
-    verdicts = ["| task | a tenth of the published form's passes | 85 % of the gap in 4,000 | seeds within 5 % |"]
+    verdicts = ["| task | a tenth of the published form's passes to its end (to its lowest loss on the way) "
+                "| 85 % of the gap in 4,000 | seeds within 5 % |"]  # fmt: skip
     verdicts.append("|---|---|---|---|")
     for file in sorted(RESULTS.glob("learning*.json")):
         found = json.loads(file.read_text())
@@ -333,10 +339,19 @@ def said(asked: dict) -> list[str]:
         if name not in asked:
             cells.append("not run")
             continue
-        shares = asked[name].get("seeds", {"": asked[name].get("share")}).values()
-        values = ("never" if s is None else form.format(1 / max(s, 1e-9) if name == "a tenth" else s) for s in shares)
-        cells.append(f"{'yes' if asked[name]['holds'] else 'no'}: {', '.join(values)}")
+        shares = asked[name].get("seeds", {"": asked[name].get("share")})
+        parts = [shares.values(), asked[name].get("to its lowest", {}).values()]
+        values, least = (", ".join(portion(share, name, form) for share in part) for part in parts)
+        cells.append(f"{'yes' if asked[name]['holds'] else 'no'}: {values}" + (f" ({least})" if least else ""))
     return cells
+
+
+def portion(share: float | None, name: str, form: str) -> str:
+    if share is None:
+        return "never"
+    if name != "a tenth":
+        return form.format(share)
+    return form.format(1 / share) if share else "none"
 
 
 if __name__ == "__main__":

@@ -61,14 +61,21 @@ def test_backward_passes_hold_more_than_inference(studio):
 
 
 def test_targets_are_read_from_the_curves():
-    paper, adam = [(0.0, 1.0), (1000.0, 0.5)], [(0.0, 1.0), (100.0, 0.0)]
+    paper, adam = [(0.0, 1.0), (600.0, 0.4), (1000.0, 0.5)], [(0.0, 1.0), (100.0, 0.0)]
     quick, slow = [(0.0, 1.0), (50.0, 0.5), (3000.0, 0.1), (5000.0, 0.0)], [(0.0, 1.0), (200.0, 0.5), (4000.0, 0.2)]
     found = learning.targets({"ours": {"0": quick, "1": slow}, learning.PAPER: {"0": paper, "1": paper},
                               learning.LONG: {"0": adam, "1": adam}})  # fmt: skip
-    assert found["a tenth"] == {"seeds": {"0": 0.05, "1": 0.2}, "holds": False}
+    tenth = found["a tenth"]
+    assert tenth["seeds"] == {"0": 0.05, "1": 0.2} and not tenth["holds"]
+    assert tenth["to its lowest"] == pytest.approx({"0": 0.05 + 2.95 / 4, "1": 0.2 + 3.8 / 3})
     assert found["share of the gap"] == {"seeds": {"0": 0.9, "1": 0.8}, "holds": False}
     assert found["worst of the seeds"]["share"] == pytest.approx(0.8 / 0.9) and not found["worst of the seeds"]["holds"]
     alone = learning.targets({"ours": {"0": quick}, learning.PAPER: {"0": paper}, learning.LONG: {"0": adam}})
+    worse = learning.targets({"ours": {"0": quick}, learning.PAPER: {"0": [*paper, (2000.0, 1.5)]}})["a tenth"]
+    assert worse["seeds"] == {"0": 0.0} and worse["to its lowest"]["0"] == tenth["to its lowest"]["0"] / 2
+    longer = {"0": [*quick[:2], (3900.0, 0.05)]}
+    further = learning.targets({"ours": {"0": quick}, learning.LONGER: longer, learning.LONG: {"0": adam}})
+    assert further["share of the gap"]["seeds"] == {"0": 0.95}
     assert alone["a tenth"]["holds"] and alone["share of the gap"]["holds"] and "worst of the seeds" not in alone
 
 
