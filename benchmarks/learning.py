@@ -274,10 +274,12 @@ def summary(results: dict[str, dict[str, Curve]], tests: dict[str, dict[str, dic
 
 
 def plot(results: dict[str, dict[str, Curve]], path: Path, tests: dict[str, dict[str, dict]]) -> None:
-    """Mean over the seeds, and the range as a band; the known optimum as a dashed line."""
-    figure = matplotlib.figure.Figure(figsize=(9, 5), dpi=120, layout="constrained")
+    """Mean over the seeds, and the range as a band, of everybody who ran with as many seeds as ours; the known optimum
+    as a dashed line."""
+    figure = matplotlib.figure.Figure(figsize=(10, 5), dpi=120, layout="constrained")
     axes = figure.subplots()
-    for name in (name for name in CONTESTANTS if name in results):
+    seeds = len(results.get(OURS, ()))
+    for name in (name for name in CONTESTANTS if len(results.get(name, ())) >= max(1, seeds)):
         curves = results[name]
         shortest = min(len(curve) for curve in curves.values())
         values = np.array([[point[1] for point in curve[:shortest]] for curve in curves.values()])
@@ -293,7 +295,7 @@ def plot(results: dict[str, dict[str, Curve]], path: Path, tests: dict[str, dict
     axes.set_xlim(left=0)
     axes.set_ylabel("held-out loss")
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False)
+    axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
     figure.savefig(path)
 
 
