@@ -37,14 +37,14 @@ class _Tail:
             whole = new[: new.rfind(b"\n") + 1]  # a last line may be torn
             for line in whole.splitlines():
                 try:
-                    self.lines.append(_drawn(json.loads(line)))
+                    self.lines.append(_kept(json.loads(line)))
                 except json.JSONDecodeError:
                     continue  # a damaged line; resuming names it
             self.end += len(whole)
         return self.lines
 
 
-def _drawn(line: dict[str, Any]) -> dict[str, Any]:
+def _kept(line: dict[str, Any]) -> dict[str, Any]:
     """What curves need of a line. A number for each direction or item would be kilobytes a step, for as long as a page
     is open: of slopes their mean is left, of weights and items nothing."""
     slopes = [abs(d) for d in line.get("slopes", ()) if d is not None]

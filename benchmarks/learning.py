@@ -155,8 +155,8 @@ def main() -> None:
     recipe = recipe_of(given.task, given.quantization)
     name = "learning" if given.task == "tarot" else f"learning-{given.task}"
     name += f"-{recipe.quantization}" if recipe.texts else ""
-    all_of_them = (c for c in CONTESTANTS if c != LONGER or recipe.images)
-    contestants = given.only or ((OURS,) if recipe.reward else tuple(all_of_them))
+    fitting = (OURS,) if recipe.reward else tuple(c for c in CONTESTANTS if c != LONGER or recipe.images)
+    contestants = given.only or fitting
     file = RESULTS / f"{name}.json"
     before = json.loads(file.read_text()) if file.exists() else {}
     results: dict[str, dict[str, Curve]] = before.get("curves", {})
@@ -349,6 +349,7 @@ def said(asked: dict) -> list[str]:
 
 
 def portion(share: float | None, name: str, form: str) -> str:
+    """A share as it is written; of "a tenth" the reciprocal."""
     if share is None:
         return "never"
     if name != "a tenth":

@@ -43,7 +43,7 @@ class StyledPipeline(Styled):
     """One that draws."""
 
     cache: cache.Cache
-    waiting: Path | None  # where text encoders that stream wait as files
+    offload: str  # where blocks wait, and those of text encoders with them
 
     def export_adapter(self, out: Path, strength: float = 1.0) -> Path:
         """Refused: PEFT's IA3 is for language models here."""
@@ -53,7 +53,8 @@ class StyledPipeline(Styled):
         self, prompts: list[str], strength: float, size: tuple[int, int], seed: int, steps: int, guidance: float
     ) -> list[Image.Image]:
         """One picture a prompt at a strength (0 is the base), seeds following on from `seed`."""
-        how = {"streamed": hasattr(self.model, "mover"), "store": self.waiting}
+        store = text_store(self.offload, self.folder, self.cache.folder)
+        how = {"streamed": hasattr(self.model, "mover"), "store": store}
         encoders = models.encoders_for(self.folder, self.model.device, self.model.dtype, **how)
         text = cache.embeddings(self.cache, self.folder, ["", *prompts], models.text_length(self.folder), *encoders)
         pipe = models.drawing(self.folder, self.model)
@@ -219,7 +220,7 @@ def open_style(
     parts = (style, folder, base, space, theta, Path(source))
     if language:
         return StyledLanguageModel(*parts, models.load_tokenizer(folder))
-    return StyledPipeline(*parts, cache.Cache(cache_folder), text_store(offload or "auto", folder, cache_folder))
+    return StyledPipeline(*parts, cache.Cache(cache_folder), offload or "auto")
 
 
 def compare(styled: StyledPipeline, prompts: list[str], strength: float, **how) -> Image.Image:
