@@ -33,6 +33,7 @@ PATIENCE = 180_000  # milliseconds that anything may take: a worker loads torch,
 SMALL = {"batch_size": 4, "directions": 8, "evaluate_items": 8, "preview_steps": 2, "prior": 0.0,
          "prompts": ["a [trigger] sun"]}  # fmt: skip
 BEGIN = "Begin with pictures in one style, or with texts"
+ENDED = "Unexpected error 404: Not Found"  # what a page says whose session the server no longer knows
 STILL = "*, *::before, *::after { transition: none !important; animation: none !important; }"
 MOST_BYTES = 800_000  # of a page with 22 pictures; 1 MB is what it may be
 TABS = {  # with what each shows once its figures have come
@@ -97,7 +98,16 @@ def browser():
 def visit(server, browser):
     """visit(query, width) -> a page, an empty one for None; at the end, none of them had an error or asked another
     server for anything."""
-    wrong, contexts = [], []
+    wrong, contexts, leaving = [], [], set()
+
+    def asked(request) -> None:
+        if request.is_navigation_request():
+            leaving.add(request.frame.page)
+
+    def heard(message) -> None:
+        """Gradio ends the session of a page that is left before it is gone; its last questions find it ended."""
+        if message.type == "error" and not (message.text == ENDED and message.page in leaving):
+            wrong.append(message.text)
 
     def open_page(query: str | None = "", width: int = 1280):
         context = browser.new_context(viewport={"width": width, "height": 900})
@@ -115,7 +125,9 @@ def visit(server, browser):
         page.route("**/*", ask)
         page.on("pageerror", lambda error: wrong.append(f"error: {error}"))
         page.on("dialog", lambda dialog: (wrong.append(f"dialog: {dialog.message}"), dialog.dismiss()))
-        page.on("console", lambda message: wrong.append(message.text) if message.type == "error" else None)
+        page.on("request", asked)
+        page.on("domcontentloaded", lambda page: leaving.discard(page))
+        page.on("console", heard)
         page.wrong = wrong
         if query is not None:
             page.goto(server.address + query)
