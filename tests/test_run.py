@@ -96,6 +96,24 @@ def test_a_folder_with_other_things_is_refused(tmp_path):
         Run.open(tmp_path)
 
 
+def test_a_recipe_beside_its_data_is_no_run(tmp_path):
+    """Resumed, it would have been trained right there; a copy without hidden files is still a run."""
+    (tmp_path / "recipe.toml").write_text('trigger = "zq"\n')
+    with pytest.raises(RunError, match="has a recipe, but no run of it; begin one with `qzo train"):
+        Run.open(tmp_path)
+    (tmp_path / "run.json").write_text("{}")
+    assert Run.open(tmp_path).recipe().trigger == "zq"
+
+
+def test_a_run_killed_while_it_was_made_can_be_continued_or_made(tmp_path):
+    run = Run.create(tmp_path / "run", Recipe())
+    assert Run.open(run.path)
+    run.recipe_file.unlink()  # it is written last
+    with pytest.raises(RunError, match="has no recipe.toml"):
+        Run.open(run.path)
+    assert Run.create(run.path, Recipe())
+
+
 def test_lock_refuses_a_second_process_and_is_freed_by_death(run):
     code = (
         "import sys; from zo_engine.run import Run\n"

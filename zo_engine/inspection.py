@@ -22,14 +22,14 @@ def inspect(source: Path) -> dict[str, Any]:
         return inspect_style(source)
     if source.suffix == ".toml":
         return {"kind": "recipe"} | recipes.load(source).public()
-    if (source / "recipe.toml").is_file() and (source / "run.json").is_file():
+    if (source / "recipe.toml").is_file():
         return inspect_run(Run.open(source))
     if (source / "model_index.json").is_file():
         return inspect_model(source)
     if is_language(source):
         return inspect_language_model(source)
     raise InspectionError(
-        f"{source} is none of: a run folder (recipe.toml and run.json), a style (.safetensors), a recipe (.toml), "
+        f"{source} is none of: a run folder (recipe.toml), a style (.safetensors), a recipe (.toml), "
         "a model folder of diffusers (model_index.json) or of a language model (config.json)"
     )
 

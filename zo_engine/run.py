@@ -125,6 +125,8 @@ class Run:
     def __init__(self, path: Path):
         self.path = Path(path)
         self.recipe_file = self.path / "recipe.toml"
+        self.lock_file = self.path / ".lock"
+        self.base_file = self.path / "run.json"
         self.journal_file = self.path / "journal.jsonl"
         self.evaluations_file = self.path / "evaluations.jsonl"
         self.style_file = self.path / "style.safetensors"
@@ -143,18 +145,24 @@ class Run:
         run = cls(path)
         if run.recipe_file.exists():
             raise RunError(f"{path} already holds a run; continue it with `qzo resume {path}`, or choose another --out")
-        left = (file for file in run.path.iterdir() if file.suffix != ".tmp") if run.path.is_dir() else ()
-        if run.path.exists() and (not run.path.is_dir() or any(left)):
+        there = [] if not run.path.exists() else run.path.iterdir() if run.path.is_dir() else [run.path]
+        if any(file.suffix != ".tmp" and file != run.lock_file for file in there):  # these are of one killed right here
             raise RunError(f"{path} exists and is not an empty folder; choose another --out")
+        run.path.mkdir(parents=True, exist_ok=True)
+        run.lock_file.touch()
         write_atomic(run.recipe_file, recipes.dump(recipe))
         return run
 
     @classmethod
     def open(cls, path: Path) -> "Run":
-        """An existing run folder. Raises RunError if there is none."""
+        """An existing run folder. Raises RunError if there is none: a recipe with its data beside it is none."""
         run = cls(path)
+        if not run.path.exists():
+            raise RunError(f"{path} does not exist; runs are folders that `qzo train` makes")
         if not run.recipe_file.is_file():
             raise RunError(f"{path} is not a run folder: it has no recipe.toml")
+        if not any(file.exists() for file in (run.lock_file, run.base_file, run.journal_file)):
+            raise RunError(f"{path} has a recipe, but no run of it; begin one with `qzo train {run.recipe_file}`")
         return run
 
     def recipe(self) -> recipes.Recipe:
@@ -163,7 +171,7 @@ class Run:
     @contextmanager
     def lock(self) -> Iterator[None]:
         """Held by the one process that trains; the kernel lets go of it however that process ends."""
-        lock = FileLock(self.path / ".lock")
+        lock = FileLock(self.lock_file)
         try:
             lock.acquire(timeout=0)
         except Timeout:
@@ -207,7 +215,7 @@ class Run:
     # What the run belongs to, and how it stands
 
     def write_base(self, **facts: Any) -> None:
-        write_atomic(self.path / "run.json", json.dumps(facts, indent=1))
+        write_atomic(self.base_file, json.dumps(facts, indent=1))
 
     def base(self) -> dict[str, Any]:
         found = self._json("run.json")
