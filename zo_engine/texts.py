@@ -153,7 +153,7 @@ def read(source: Path | str, columns: dict[str, str] | None = None, skip: bool =
     total = len(found.examples) + len(found.problems)
     if found.problems and (not skip or not found.examples):
         listed = some([f"line {p.line} {p.message}" for p in found.problems])
-        hint = "" if skip else "; mend these rows, or ask for them to be skipped"
+        hint = "" if skip else "; mend these rows, or leave them out (skip_bad)"
         raise DataError(f"{source}: {len(found.problems)} of {total} rows cannot be used: {listed}{hint}")
     return found
 
