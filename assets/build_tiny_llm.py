@@ -98,8 +98,18 @@ def loss_of(model: LlamaForCausalLM, ids: torch.Tensor, labels: torch.Tensor) ->
     return model(input_ids=ids, labels=labels, use_cache=False).loss
 
 
-def train(model: LlamaForCausalLM, tokenizer, minutes: float, tokens: int, seed: int, log) -> list[list[float]]:
-    """Muon for the matrices of the blocks, AdamW for the rest; gives [step, minutes, loss] along the way."""
+def shape(width: int, blocks: int) -> dict[str, int]:
+    """SHAPE, in another size: `width` is a multiple of 64."""
+    heads = width // SHAPE["head_dim"]
+    wide = {"hidden_size": width, "intermediate_size": 64 * round(width * 8 / 3 / 64)}
+    return SHAPE | wide | {"num_hidden_layers": blocks, "num_attention_heads": heads, "num_key_value_heads": heads // 2}
+
+
+def train(
+    model: LlamaForCausalLM, tokenizer, minutes: float, steps: int | None, tokens: int, seed: int, log
+) -> list[list[float]]:
+    """Muon for the matrices of the blocks, AdamW for the rest, for so many minutes or steps; gives
+    [step, minutes, loss] along the way."""
     hidden = [p for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n]
     others = [p for n, p in model.named_parameters() if p.ndim != 2 or "embed" in n]
     optimisers = [
@@ -109,7 +119,13 @@ def train(model: LlamaForCausalLM, tokenizer, minutes: float, tokens: int, seed:
     highest = [o.param_groups[0]["lr"] for o in optimisers]
     source = batches(tokenizer, np.random.default_rng([seed, 2]), tokens)
     recent, figures, step, start = [], [], 0, _now()
-    while (done := (_now() - start) / (60 * minutes)) < 1:
+
+    def told() -> None:
+        figures.append([step, round((_now() - start) / 60, 2), round(sum(recent) / len(recent), 4)])
+        log("step {}  {} min  loss {}".format(*figures[-1]))
+        recent.clear()
+
+    while (done := step / steps if steps else (_now() - start) / (60 * minutes)) < 1:
         for optimiser, high in zip(optimisers, highest, strict=True):  # warm-up, flat, then straight down to zero
             optimiser.param_groups[0]["lr"] = high * min(1, (step + 1) / 50, (1 - done) / 0.5)
         loss = loss_of(model, *next(source))
@@ -120,10 +136,10 @@ def train(model: LlamaForCausalLM, tokenizer, minutes: float, tokens: int, seed:
             optimiser.step()
         recent.append(loss.item())
         step += 1
-        if step % 50 == 0 or _now() - start >= 60 * minutes:
-            figures.append([step, round((_now() - start) / 60, 2), round(sum(recent) / len(recent), 4)])
-            log("step {}  {} min  loss {}".format(*figures[-1]))
-            recent = []
+        if step % 50 == 0:
+            told()
+    if recent:
+        told()
     return figures
 
 
@@ -178,14 +194,14 @@ def save(model: LlamaForCausalLM, tokenizer, out: Path) -> None:
 
 def write_figures(path: Path, args: argparse.Namespace, model, figures: list, loss: float, shown: list) -> None:
     seen = [figures[i] for i in sorted({0, len(figures) // 8, len(figures) // 4, len(figures) // 2, len(figures) - 1})]
-    size = sum(f.stat().st_size for f in args.out.iterdir()) / 1e6
+    size, config = sum(f.stat().st_size for f in args.out.iterdir()) / 1e6, model.config
     lines = [
         "# How tiny-llm was trained", "",
         f"`python assets/build_tiny_llm.py --minutes {args.minutes:g} --seed {args.seed}`: {args.threads} thread, "
         f"torch {torch.__version__}, no GPU, {time.strftime('%d %B %Y')}.", "",
-        f"Llama, {sum(p.numel() for p in model.parameters()):,} parameters: {SHAPE['hidden_size']} wide, "
-        f"{SHAPE['num_hidden_layers']} blocks, {SHAPE['num_attention_heads']} heads of {SHAPE['head_dim']} "
-        f"({SHAPE['num_key_value_heads']} for keys and values), embeddings tied; {VOCABULARY} byte-level BPE tokens; "
+        f"Llama, {sum(p.numel() for p in model.parameters()):,} parameters: {config.hidden_size} wide, "
+        f"{config.num_hidden_layers} blocks, {config.num_attention_heads} heads of {config.head_dim} "
+        f"({config.num_key_value_heads} for keys and values), embeddings tied; {VOCABULARY} byte-level BPE tokens; "
         f"{size:.1f} MB on disk in float16.", "",
         f"Text made by `world.py`, never the same twice; about {args.tokens} tokens a step. Loss a token on texts that "
         f"training did not draw: {loss:.4f}.", "",
@@ -200,6 +216,9 @@ def write_figures(path: Path, args: argparse.Namespace, model, figures: list, lo
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--minutes", type=float, default=18, help="of the processor, for each thread")
+    parser.add_argument("--steps", type=int, help="in place of minutes")
+    parser.add_argument("--width", type=int, default=SHAPE["hidden_size"], help="a multiple of 64")
+    parser.add_argument("--blocks", type=int, default=SHAPE["num_hidden_layers"])
     parser.add_argument("--tokens", type=int, default=2048, help="of one step, about")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
@@ -215,13 +234,13 @@ def main() -> None:
         torch.manual_seed(args.seed)  # noqa: TID251
         tokenizer = make_tokenizer(args.seed)
         config = LlamaConfig(
-            **SHAPE, vocab_size=VOCABULARY, max_position_embeddings=LENGTH, tie_word_embeddings=True,
-            bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
+            **shape(args.width, args.blocks), vocab_size=VOCABULARY, max_position_embeddings=LENGTH,
+            tie_word_embeddings=True, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
             pad_token_id=tokenizer.pad_token_id,
         )  # fmt: skip
         model = LlamaForCausalLM(config)
     log(f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(tokenizer)} tokens")
-    figures = train(model, tokenizer, args.minutes, args.tokens, args.seed, log)
+    figures = train(model, tokenizer, args.minutes, args.steps, args.tokens, args.seed, log)
     model.eval()
     loss, shown = held_out(model, tokenizer, args.seed), samples(model, tokenizer)
     save(model, tokenizer, args.out)

@@ -1,20 +1,32 @@
-"""(f) What a forward costs on Stable Diffusion 3.5 Large, and what the embedded model's passes would take there.
+"""(f) How passes grow with a model, what a forward costs on Stable Diffusion 3.5 Large, and what the embedded model's
+passes would take there.
 
-    python benchmarks/scaling.py
+    python benchmarks/scaling.py [--sizes]      # --sizes: also train and measure (half an hour, then quarter of one)
 
-An extrapolation, and marked as one: nothing of it has been run on a GPU. The arithmetic of a forward of 32 pictures is
-counted on the meta device by torch's FlopCounterMode, in the model's own class; the passes are those of the
-demonstration's run and of 85 % of first-order Adam's fall, by seed, in results/learning.json. How passes grow with a
-model is not known: they are taken as they are, times 3, and times 10. RATE is an assumed share of a card's data sheet.
+Sizes: language models made as tiny-llm was, in other widths and depths, with as many steps. Each learns the sailor's
+voice by the recipe of styles/voice; the passes are those to 85 % of the fall that first-order Adam makes on the same
+gains. They grow as a power of the numbers that are moved, or so they are fitted.
+
+The rest is an extrapolation, and marked as one: nothing of it has been run on a GPU. The arithmetic of a forward of 32
+pictures is counted on the meta device by torch's FlopCounterMode, in the model's own class; the passes are those of the
+demonstration's run, as they are, times 3, times 10, and grown as measured. RATE is an assumed share of a card's data
+sheet.
 """
 
+import argparse
+import dataclasses
 import json
+import subprocess
+import sys
 
+import numpy as np
 import torch
-from common import RESULTS, save
-from contestants import PICTURES
-from learning import LONG, OURS, SHARE, forwards_to, lowest
+from common import CHECKOUT, RESULTS, circumstances, save
+from contestants import PICTURES, Curve, zeroth
+from learning import LONG, LONGER, OURS, SHARE, Contest, forwards_to, lowest
+from tasks import CACHE, recipe_of, task_of
 from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from zo_engine import plan
 from zo_engine.hub import read_json
@@ -24,9 +36,12 @@ from zo_engine.scales import find_scales
 from zo_engine.style import make_space
 from zo_engine.tasks.diffusion import flow_losses
 
+SIZES = ((64, 6), (128, 6), (192, 3), (192, 6))  # widths and blocks of language models; the last is tiny-llm
+STEPS = 1219  # of training, for which tiny-llm was trained too
+PASSES = 400  # up to which ours learns on
 SHEET = 165e12  # operations a second: an RTX 4090 with bf16 factors and fp32 sums, dense, by NVIDIA's data sheet
 RATE = 0.4 * SHEET  # assumed
-GROWTH = (1, 3, 10)  # times as many passes as the embedded model took: assumed
+TIMES = (1, 3, 10)  # as many passes as the embedded model took: assumed
 
 
 def operations(config: dict, size: tuple[int, int], length: int) -> float:
@@ -38,36 +53,81 @@ def operations(config: dict, size: tuple[int, int], length: int) -> float:
     return float(counter.get_total_flops())
 
 
-def gains(config: dict) -> int:
+def moved(config: dict) -> int:
     """Numbers that ours moves by default."""
     return make_space(find_scales(plan.skeleton(config)), Recipe()).layout.size
 
 
-def needed() -> dict[str, float | None]:
-    """By seed: the passes to SHARE of the fall to first-order Adam on the same gains, or None where a run of ours did
-    not come so far."""
-    curves = json.loads((RESULTS / "learning.json").read_text())["curves"]
-    found = {}
-    for seed in sorted(curves[OURS].keys() & curves[LONG].keys()):
-        start = curves[OURS][seed][0][1]
-        found[seed] = forwards_to(curves[OURS][seed], start - SHARE * (start - lowest(curves[LONG][seed])))
-    return found
+def to_share(ours: Curve, first_order: Curve) -> float | None:
+    """The passes of ours to SHARE of the fall of first-order Adam on the same gains; None if it did not come so far."""
+    start = ours[0][1]
+    return forwards_to(ours, start - SHARE * (start - lowest(first_order)))
+
+
+def made(width: int, blocks: int) -> str:
+    """The language model of a size, trained where it is missing."""
+    if (width, blocks) == SIZES[-1]:
+        return "tiny-llm"
+    folder = CACHE / "sizes" / f"{width}x{blocks}"
+    if not folder.exists():
+        given = {"width": width, "blocks": blocks, "steps": STEPS, "out": folder, "figures": f"{folder}.md"}
+        words = [str(word) for name, value in given.items() for word in (f"--{name}", value)]
+        subprocess.run([sys.executable, CHECKOUT / "assets" / "build_tiny_llm.py", *words], check=True)
+    return str(folder)
+
+
+def sized(width: int, blocks: int, seeds: tuple[int, ...] = (0, 1, 2)) -> dict:
+    """What the sailor's voice takes on a language model of a size."""
+    recipe, chosen, found = dataclasses.replace(recipe_of("voice"), model=made(width, blocks)), {}, {}
+    for seed in seeds:
+        contest = Contest(task_of("voice", dataclasses.replace(recipe, seed=seed)), chosen, 0, 60, 0)
+        ours = zeroth(contest.studio, contest.recipe, 1, PASSES).curve
+        adam = contest.run(LONG)[0].curve
+        found[seed] = {"passes": to_share(ours, adam), "start": ours[0][1], OURS: lowest(ours), LONG: lowest(adam)}
+    with torch.device("meta"):
+        parameters = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(locate(recipe.model))).num_parameters()
+    return {"parameters": parameters, "numbers": contest.studio.space.layout.size, "seeds": found}
+
+
+def growth(sizes: dict[str, dict]) -> float | None:
+    """The power of the numbers moved with which the passes grow, least squares of the logarithms over sizes and seeds;
+    None where a run did not come so far."""
+    points = [(size["numbers"], seed["passes"]) for size in sizes.values() for seed in size["seeds"].values()]
+    if not points or None in (passes for _, passes in points):
+        return None
+    return float(np.polyfit(*np.log(points).T, 1)[0])
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sizes", action="store_true", help="train and measure the language models again")
+    file = RESULTS / "scaling.json"
+    before = json.loads(file.read_text()).get("sizes", {}) if file.exists() else {}
+    if parser.parse_args().sizes:
+        before = {"measured": circumstances(), "voice": {}}
+        for width, blocks in SIZES:
+            before["voice"][f"{width} wide, {blocks} blocks"] = found = sized(width, blocks)
+            print(width, blocks, json.dumps(found), flush=True)
+        before["power"] = growth(before["voice"])
     large, tiny = plan.SHAPES["sd3.5-large"], read_json(locate("tiny-sd3") / "transformer" / "config.json")
     of_large, of_tiny = operations(large, (512, 512), 333), operations(tiny, (64, 96), 77)
-    passes = json.loads((RESULTS / "learning.json").read_text())["curves"][OURS]
-    demo = max(curve[-1][0] for curve in passes.values())  # the demonstration's 36 steps
-    hours = {f"{growth} x": growth * demo * of_large / RATE / 3600 for growth in GROWTH}
+    numbers = {"sd3.5-large": moved(large), "tiny-sd3": moved(tiny)}
+    curves = json.loads((RESULTS / "learning.json").read_text())["curves"]
+    demo = max(curve[-1][0] for curve in curves[OURS].values())  # the demonstration's 36 steps
+    longest = curves[OURS] | curves.get(LONGER, {})
+    times = {f"{time} x": float(time) for time in TIMES}
+    if before.get("power"):
+        times["grown as measured"] = (numbers["sd3.5-large"] / numbers["tiny-sd3"]) ** before["power"]
     figures = {
-        "not run": "an extrapolation; no figure here is from a GPU",
+        "sizes": before,
+        "not run": "an extrapolation; no figure from here on is from a GPU",
         "operations of a forward of 32 pictures": {"sd3.5-large, 512 px": of_large, "tiny-sd3, 64 x 96 px": of_tiny},
-        "gains": {"sd3.5-large": gains(large), "tiny-sd3": gains(tiny)},
+        "gains": numbers,
         "operations a second, assumed": RATE,
         "passes of the embedded model's 36 steps": demo,
-        "passes to 85 % of first-order Adam's fall": needed(),
-        "hours on an RTX 4090 for so many times these passes": hours,
+        "passes to 85 % of first-order Adam's fall": {s: to_share(longest[s], curves[LONG][s]) for s in curves[LONG]},
+        "times as many passes": times,
+        "hours on an RTX 4090": {name: time * demo * of_large / RATE / 3600 for name, time in times.items()},
     }
     print(json.dumps(figures, indent=1), save("scaling", figures))
 
