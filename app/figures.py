@@ -302,7 +302,7 @@ def charts(series: Series, pictured: list[int], unit: str = "pictures") -> str:
     return f'<div class="qzo-charts{" three" if third else ""}">{first}{third}{second}</div>'
 
 
-def method(series: Series) -> str:
+def method(series: Series, unit: str = "pictures") -> str:
     """What every step did: its gain and its size; of methods that go by slopes, those."""
     slopes, clip = series.slopes()
     if slopes.x:
@@ -314,8 +314,9 @@ def method(series: Series) -> str:
         ]  # fmt: skip
     else:
         parts = [
-            chart("Gain of a step", [("line", series.gains())], unit=" %", note="By how much it lowers the loss of "
-                  "pictures that it was not made from. 0: nothing that was tried helped them, and the model stayed."),
+            chart("Gain of a step", [("line", series.gains())], unit=" %",
+                  note=f"By how much it lowers the loss of {unit} that it was not made from. 0: nothing that was tried "
+                  "helped them, and the model stayed."),
             chart("Size of a step", [("line", series.sizes())], unit=" %",
                   note="How far it moves a typical scale of the model. Steps get smaller as there is less to gain."),
         ]  # fmt: skip

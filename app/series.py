@@ -108,7 +108,7 @@ class Series:
         return _curves(rows, 2)
 
     def gains(self) -> Curve:
-        """By how many percent each step lowered the loss of pictures that it was not made from."""
+        """By how many percent each step lowered the loss of examples that it was not made from."""
         rows = []
         for line in self.journal:
             still, *moved = line.get("tried") or [None]

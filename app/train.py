@@ -368,7 +368,7 @@ class Training:
             ),
             "why": lambda: reason(standing),
             "charts": lambda: figures.charts(series, steps_drawn, unit),
-            "method": lambda: figures.method(series),
+            "method": lambda: figures.method(series, unit),
             # its value is the browser's own: a look that was asked for before a choice must not undo it
             "at": lambda: gr.Dropdown(
                 choices=list(choices),

@@ -834,6 +834,7 @@ def test_answers_stand_beside_those_of_the_base(place):
     assert 'data-at="step 8">Arr!' in table and "nothing" in figures.answers(run, 4)
     evaluations = [{"step": i, "loss": 1.0, "change": 0.0, "change_error": 0.1, "accuracy": i / 2} for i in range(3)]
     charts = figures.charts(Series([{"step": 0, "loss": 1.0}], evaluations), [], "texts")
+    assert "loss of texts" in figures.method(Series([{"step": 0, "loss": 1.0, "tried": [1.0, 0.9]}], []), "texts")
     assert "Accuracy" in charts and "100.0 %" in charts and "sees other texts" in charts
     assert "held-out accuracy" in figures.card(
         Standing("talk", "done", "", {"step": 4, "steps": 4}), run, 4, "texts", 0.5
