@@ -20,7 +20,7 @@ from zo_engine.rewards import RewardError
 from zo_engine.style import load_style
 from zo_engine.tasks.reward import SAMPLES
 from zo_engine.tasks.text import answers as replies
-from zo_engine.tasks.text import token_likelihoods, token_losses
+from zo_engine.tasks.text import token_losses
 from zo_engine.texts import Message
 from zo_engine.tokens import IGNORED
 
@@ -146,23 +146,14 @@ def test_a_lesson_is_the_better_answers_weighted_by_what_they_are_worth(studio):
     found = task.outcomes(lesson)
     torch.testing.assert_close(found[:, 0], token_losses(studio.model, lesson) * lesson.weight)
     torch.testing.assert_close(found[:, 1:].square().sum(1), 2 * lesson.weight)
+    assert lesson.reward.tolist() == pytest.approx([worth[size:].mean().item()] * len(lesson))
 
 
-def test_a_move_is_worth_what_it_does_to_the_tokens_of_better_and_worse_answers(studio):
-    task, space = studio.task, studio.space
-    trial, still = task.trial(0, 2), torch.zeros(space.layout.size)
-    assert trial.above.abs().sum() > 0 and trial.above.sum().abs() < 1e-5
-    torch.testing.assert_close(task.losses(trial), 1 - trial.worth)
-    z = torch.randn(space.layout.size, generator=torch.Generator().manual_seed(2))
-    with space.folded(still + 0.3 * z):
-        found, now = task.losses(trial), token_likelihoods(studio.model, trial)
-    for row in range(len(trial)):
-        expected = 1 - trial.worth[row].item()
-        for place in (trial.labels[row] != IGNORED).nonzero().flatten().tolist():
-            ratio = (now[row, place] - trial.before[row, place]).exp().item()
-            above = trial.above[row].item()
-            expected += above - min(ratio * above, min(ratio, 2) * above)  # what rises more than twofold counts as two
-        assert found[row].item() == pytest.approx(expected, abs=1e-4)
+def test_moves_are_tried_on_the_best_answers_to_the_next_prompts(studio):
+    task = studio.task
+    trial, following = task.trial(0, 4), task.lesson(1, 4)
+    assert torch.equal(trial.tokens, following.tokens) and torch.equal(trial.weight, following.weight)
+    torch.testing.assert_close(task.losses(trial), token_losses(studio.model, trial) * trial.weight)
 
 
 def test_perturbed_models_answer_in_one_batch_as_they_do_one_by_one(studio):
@@ -181,7 +172,7 @@ def test_the_reward_rises_and_a_broken_run_is_taken_up_exactly(studio, tmp_path)
     whole = go(studio, tmp_path / "whole", steps=6, directions=64)
     first, *_, last = whole.evaluations()
     assert min(e["loss"] for e in whole.evaluations()) < first["loss"] - 2 * first["error"]
-    assert whole.journal()[1].loss == whole.journal()[1].tried[0]
+    assert whole.journal()[0].loss == pytest.approx(1 - studio.task.lesson(0, 4).reward[0].item())
     go(studio, tmp_path / "broken", steps=6, directions=64, stop_after=2)
     assert results(go(studio, tmp_path / "broken", steps=6, directions=64)) == results(whole)
 

@@ -26,7 +26,6 @@ from zo_engine.tasks.text import (
     sketched,
     stack,
     token_features,
-    token_likelihoods,
     token_losses,
 )
 from zo_engine.texts import Example, Message
@@ -226,17 +225,6 @@ def test_the_loss_of_a_choice_is_its_likelihood_where_only_choices_can_be_writte
     assert len(alive) == 1 and expected > 0.1
     alone, chosen = (token_losses(model, stack([t])).item() for t in (options[0], right))
     assert chosen - alone == pytest.approx(CHOICE * expected, rel=1e-6)
-
-
-def test_likelihoods_of_tokens_are_those_of_the_models_own_logits_and_make_the_loss():
-    model, batch = tiny.language_model().double(), stack(some_tokens(3))
-    found, learnt = token_likelihoods(model, batch), batch.labels != IGNORED
-    learnt[:, 0] = False  # nothing precedes the first token
-    torch.testing.assert_close(-found.sum(1) / learnt.sum(1), token_losses(model, batch))
-    logs = model(input_ids=batch.tokens, attention_mask=batch.mask).logits.log_softmax(-1)
-    for row, place in learnt.nonzero().tolist():
-        torch.testing.assert_close(found[row, place], logs[row, place - 1, batch.labels[row, place]].to(found.dtype))
-    assert not found[~learnt].any()
 
 
 def test_a_sketch_keeps_inner_products_up_to_its_size():

@@ -76,11 +76,10 @@ def _slopes(journal: list[Step], method: Axes, size: Axes) -> None:
 
 
 def _moves(journal: list[Move], method: Axes, size: Axes) -> None:
-    made = [r for r in journal if r.tried]
-    share = all(r.tried[0] > 0 for r in made)  # the loss of a reward is none or less
-    gains = [100 * (1 - min(r.tried) / r.tried[0]) if share else r.tried[0] - min(r.tried) for r in made]
+    made = [r for r in journal if r.tried and r.tried[0]]
+    gains = [100 * (1 - min(r.tried) / r.tried[0]) for r in made]
     method.plot([r.step + 1 for r in made], gains, "o-", ms=3, color=LINE)
-    method.set_title("Gain of a step on fresh examples" + (", percent of their loss" if share else ""))
+    method.set_title("Gain of a step on fresh examples, percent of their loss")
     size.plot([r.step + 1 for r in made], [r.size or np.nan for r in made], "o-", ms=3, color=LINE, label="move (rms)")
     size.plot([r.step + 1 for r in made], [r.damping or np.nan for r in made], ".", color=MARK, label="damping")
     size.set_yscale("log")

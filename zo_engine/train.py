@@ -731,7 +731,7 @@ class Training:
                 return found
 
             record = self.method.advance(outcomes, len(lesson), len(trial), task.tries)
-            return task.told(record) if isinstance(task, Rewarded) else record
+            return task.told(record, lesson) if isinstance(task, Rewarded) else record
 
         def losses(probes: Probes, fresh: bool) -> Tensor:
             batch = task.batch(step, recipe.batch_size, SEARCH if fresh else TRAINING)

@@ -3,11 +3,9 @@
 Nothing of the reward r is differentiated. With y an answer drawn from the model p, the expected reward has the gradient
 E[r grad log p(y)] (Williams 1992), and with the Fisher matrix of the answers that is a natural gradient (Kakade 2001):
 both are what `newton` finds for a cross-entropy whose examples are the model's own answers, weighted by what they are
-worth above the mean (reward-weighted regression, Peters and Schaal 2007; worse ones have no weight). Which of its moves
-is made, if any, is decided by answers to fresh prompts, drawn once: a move is worth what it does to the likelihood of
-every token of the better ones and of the worse ones, within bounds (Schulman et al., arXiv:1707.06347, equation 7).
-Token by token, for the likelihood of a whole answer falls with every choice that the reward does not see. That says
-more than new answers after each move would, whose rewards differ by chance. The loss of a run is one minus the reward.
+worth above the mean (reward-weighted regression, Peters and Schaal 2007; worse ones have no weight). Its moves are
+tried on such a lesson of other prompts: what makes their best answers likelier is made. That says more than new answers
+after each move would, whose rewards differ by chance. The loss of a run is one minus the reward.
 
 One answer in four is the likeliest one, the others are drawn; where several are worth the same, it is learnt. So the
 model comes to give surely what it already gives at its best: drawn answers differ in much that the reward does not see,
@@ -26,15 +24,13 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from zo_engine.journal import Move
+from zo_engine.journal import Move, short
 from zo_engine.rewards import Reward
-from zo_engine.tasks.diffusion import HELD_OUT, SEARCH, TRAINING, turns
-from zo_engine.tasks.text import Batch, generated, left_padded, padding, stack, token_features, token_likelihoods
+from zo_engine.tasks.diffusion import HELD_OUT, TRAINING, turns
+from zo_engine.tasks.text import Batch, generated, left_padded, padding, stack, token_features, token_losses
 from zo_engine.tokens import IGNORED, Tokens
 
 SAMPLES = 4  # answers for each that is learnt: the likeliest one, and drawn ones to other prompts
-TRIED = 12  # answers for each that is learnt, that moves are tried on: their rewards differ by chance
-TRUSTED = 1.0  # how far the likelihood of a token may rise, relatively, and still count
 
 
 @dataclass(frozen=True)
@@ -56,18 +52,10 @@ class Asked(Batch):
 
 @dataclass(frozen=True)
 class Answered(Batch):
-    """B answers to learn from, after their prompts, with weights."""
+    """B answers to learn from, after their prompts, with weights. `reward`: of those that were drawn, the mean."""
 
     weight: Tensor  # [B]
-
-
-@dataclass(frozen=True)
-class Judged(Batch):
-    """B answers after their prompts, with what each is worth and the log-likelihoods that its tokens had when drawn."""
-
-    worth: Tensor  # [B]
-    above: Tensor  # [B]: the mean of all
-    before: Tensor  # [B, T]
+    reward: Tensor  # [B], all the same
 
 
 class Rewarded:
@@ -122,17 +110,12 @@ class Rewarded:
         answers = [self._learnt(self.prompts[int(asked.number[i])], written[i]) for i in chosen]
         batch = stack(answers, padding(self.tokenizer))
         weights = (weight[chosen] / weight[chosen].mean()).float()
-        return Answered(batch.tokens, batch.mask, batch.labels, batch.rivals, weights).to(self.device)
+        reward = worth[size:].mean().expand(len(chosen))
+        return Answered(batch.tokens, batch.mask, batch.labels, batch.rivals, weights, reward).to(self.device)
 
-    def trial(self, step: int, size: int) -> Judged:
-        """What its moves are tried on: TRIED times `size` answers of the model as it stands to other prompts."""
-        asked = self.batch(step, TRIED * size, SEARCH)
-        written = self._written(asked)
-        batch = stack([self._learnt(self.prompts[int(n)], w) for n, w in zip(asked.number, written, strict=True)],
-                      padding(self.tokenizer)).to(self.device)  # fmt: skip
-        worth = torch.tensor(self._rewards(asked, written), device=self.device)
-        before = torch.cat([token_likelihoods(self.model, batch.take(i)) for i in torch.arange(len(batch)).split(size)])
-        return Judged(batch.tokens, batch.mask, batch.labels, batch.rivals, worth, worth - worth.mean(), before)
+    def trial(self, step: int, size: int) -> Answered:
+        """What its moves are tried on: a lesson from the next step's prompts, by the model as it stands."""
+        return self.lesson(step + 1, size)
 
     def _learnt(self, prompt: Prompt, written: list[int]) -> Tokens:
         return Tokens((*prompt.ids, *written), (IGNORED,) * len(prompt.ids) + tuple(written))
@@ -151,13 +134,11 @@ class Rewarded:
         prompts = (self.prompts[n] for n in asked.number.tolist())
         return [self.reward(p.text, text, p.wanted) for p, text in zip(prompts, texts, strict=True)]
 
-    def losses(self, batch: Asked | Judged) -> Tensor:
-        """[B]: one minus the reward of an answer to each prompt, drawn with its seed; of answers that are there, one
-        minus what each is worth to a model that gives their tokens with other likelihoods than when they were drawn."""
-        if isinstance(batch, Judged):
-            ratio = (token_likelihoods(self.model, batch) - batch.before).exp()  # one where nothing is learnt
-            kept, above = ratio.clamp(max=1 + TRUSTED), batch.above[:, None]
-            return 1 - batch.worth - (torch.minimum(ratio * above, kept * above) - above).sum(1)
+    def losses(self, batch: Asked | Answered) -> Tensor:
+        """[B]: one minus the reward of an answer to each prompt, drawn with its seed; of answers to learn, the weighted
+        loss of `token_losses`."""
+        if isinstance(batch, Answered):
+            return token_losses(self.model, batch) * batch.weight
         return 1 - torch.tensor(self._rewards(batch, self._written(batch)), device=batch.tokens.device)
 
     def outcomes(self, batch: Answered) -> Tensor:
@@ -166,9 +147,9 @@ class Rewarded:
         weight = batch.weight.to(found.dtype)[:, None]
         return torch.cat([found[:, :1] * weight, found[:, 1:] * weight.sqrt()], 1)
 
-    def told(self, record: Move) -> Move:
+    def told(self, record: Move, lesson: Answered) -> Move:
         """The record with one minus the mean reward as its loss, which people understand, for that of its lesson."""
-        return dataclasses.replace(record, loss=record.tried[0]) if record.tried else record
+        return dataclasses.replace(record, loss=short(1 - lesson.reward[0].item()))
 
     def evaluation(self, items: int) -> list[Asked]:
         """The fixed prompts of the held-out loss, with fixed seeds."""

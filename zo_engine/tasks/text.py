@@ -75,12 +75,6 @@ def token_losses(model: nn.Module, batch: Batch) -> Tensor:
     return torch.stack([reading.loss() for reading in _readings(model, batch, 0)])
 
 
-def token_likelihoods(model: nn.Module, batch: Batch) -> Tensor:
-    """The log-likelihood of every learnt token [B, T], in fp32 or wider; 0 at the others."""
-    found = torch.stack([-reading.losses() for reading in _readings(model, batch, 0)])
-    return found.new_zeros(batch.labels.shape).index_copy_(1, _places(batch) + 1, found)
-
-
 def token_features(model: nn.Module, batch: Batch, most: int = FEATURES) -> Tensor:
     """The losses of `token_losses` and then the features that `newton` works on, [B, 1 + m] in fp32 (fp64 stays fp64).
 
@@ -152,16 +146,11 @@ class Reading:
         if self.logits is not None:
             loss = cross_entropy(self.logits, self.labels, ignore_index=IGNORED)
         else:
-            loss = self.losses().sum() / (self.labels != IGNORED).sum()
+            learnt = self.labels != IGNORED
+            loss = ((self.top + self.total.log() - self.found[:, 0]) * learnt).sum() / learnt.sum()
         if self.asked.shape[1] == 1:
             return loss
         return loss - CHOICE * self._choices().log_softmax(1)[:, 0].sum()
-
-    def losses(self) -> Tensor:
-        """Cross-entropy of each learnt token [n], 0 at the other places."""
-        if self.logits is not None:
-            return cross_entropy(self.logits, self.labels, ignore_index=IGNORED, reduction="none")
-        return (self.top + self.total.log() - self.found[:, 0]) * (self.labels != IGNORED)
 
     def features(self) -> Tensor:
         """[n * V], or [n * buckets] where V is more; and [n * (1 + m)] of the choices, if there are any."""
