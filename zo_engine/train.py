@@ -717,7 +717,8 @@ class Training:
 
         if isinstance(self.method, GaussNewton):
             with self.studio.space.folded(theta):
-                lesson, trial = task.lesson(step, recipe.batch_size), task.trial(step, recipe.batch_size)
+                # Moves are tried on the next step's lesson, so that no example is seen only for that.
+                lesson, trial = (task.lesson(number, recipe.batch_size) for number in (step, step + 1))
             made, total = 0, len(lesson) * self.method.cost(step)
 
             def outcomes(level: int, probes: Probes, fresh: bool) -> Tensor:

@@ -176,10 +176,6 @@ class Diffusion:
         """What a Gauss-Newton step learns from: the batch of the step."""
         return self.batch(step, size)
 
-    def trial(self, step: int, size: int) -> Batch:
-        """What its moves are tried on: the next step's lesson, so that no picture is seen only for that."""
-        return self.lesson(step + 1, size)
-
     def evaluation(self, items: int) -> list[Batch]:
         """The fixed (picture, noise level, noise) items of the held-out loss, about `items` in all, by picture size."""
         total = sum(len(group) for group in self.held_out.values())

@@ -113,10 +113,6 @@ class Rewarded:
         reward = worth[size:].mean().expand(len(chosen))
         return Answered(batch.tokens, batch.mask, batch.labels, batch.rivals, weights, reward).to(self.device)
 
-    def trial(self, step: int, size: int) -> Answered:
-        """What its moves are tried on: a lesson from the next step's prompts, by the model as it stands."""
-        return self.lesson(step + 1, size)
-
     def _learnt(self, prompt: Prompt, written: list[int]) -> Tokens:
         return Tokens((*prompt.ids, *written), (IGNORED,) * len(prompt.ids) + tuple(written))
 

@@ -279,10 +279,6 @@ class Language:
         """What a Gauss-Newton step learns from: the batch of the step."""
         return self.batch(step, size)
 
-    def trial(self, step: int, size: int) -> Batch:
-        """What its moves are tried on: the next step's lesson, so that no example is seen only for that."""
-        return self.lesson(step + 1, size)
-
     def evaluation(self, items: int) -> list[Batch]:
         """The fixed examples of the held-out loss, `items` at most: examples of like length together."""
         chosen = sorted(self.held_out[:items], key=lambda example: len(example.ids))
