@@ -284,8 +284,9 @@ def plot(results: dict[str, dict[str, Curve]], path: Path, tests: dict[str, dict
         shortest = min(len(curve) for curve in curves.values())
         values = np.array([[point[1] for point in curve[:shortest]] for curve in curves.values()])
         forwards = [point[0] for point in next(iter(curves.values()))[:shortest]]
-        colour = f"C{CONTESTANTS.index(name)}"  # the same in every task
-        axes.plot(forwards, values.mean(0), label=name, color=colour, lw=2.5 if name == OURS else 1.5)
+        colour = f"C{CONTESTANTS.index(OURS if name == LONGER else name)}"  # the same in every task
+        width, dash = (2.5, "-") if name == OURS else (1.5, ":" if name == LONGER else "-")
+        axes.plot(forwards, values.mean(0), dash, label=name, color=colour, lw=width)
         axes.fill_between(forwards, values.min(0), values.max(0), color=colour, alpha=0.15, lw=0)
     optimum = [facts["optimum"] for facts in tests.get(OURS, {}).values() if "optimum" in facts]
     if optimum:
