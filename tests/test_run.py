@@ -12,6 +12,7 @@ import time
 import psutil
 import pytest
 
+import zo_engine.run as run_module
 from zo_engine.journal import Step, short
 from zo_engine.recipe import Recipe
 from zo_engine.run import Run, RunError, new_name, write_atomic
@@ -112,6 +113,13 @@ def test_a_run_killed_while_it_was_made_can_be_continued_or_made(tmp_path):
     with pytest.raises(RunError, match="has no recipe.toml"):
         Run.open(run.path)
     assert Run.create(run.path, Recipe())
+
+
+def test_the_name_of_a_new_run_outlives_a_power_cut(tmp_path, monkeypatch):
+    flushed, real = [], run_module._sync_folder
+    monkeypatch.setattr(run_module, "_sync_folder", lambda folder: (flushed.append(folder), real(folder)))
+    Run.create(tmp_path / "runs" / "new", Recipe())
+    assert {tmp_path, tmp_path / "runs", tmp_path / "runs" / "new"} <= set(flushed)
 
 
 def test_lock_refuses_a_second_process_and_is_freed_by_death(run):

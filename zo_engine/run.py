@@ -148,7 +148,7 @@ class Run:
         there = [] if not run.path.exists() else run.path.iterdir() if run.path.is_dir() else [run.path]
         if any(file.suffix != ".tmp" and file != run.lock_file for file in there):  # these are of one killed right here
             raise RunError(f"{path} exists and is not an empty folder; choose another --out")
-        run.path.mkdir(parents=True, exist_ok=True)
+        make_folder(run.path)
         run.lock_file.touch()
         write_atomic(run.recipe_file, recipes.dump(recipe))
         return run
