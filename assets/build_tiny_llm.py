@@ -195,9 +195,10 @@ def save(model: LlamaForCausalLM, tokenizer, out: Path) -> None:
 def write_figures(path: Path, args: argparse.Namespace, model, figures: list, loss: float, shown: list) -> None:
     seen = [figures[i] for i in sorted({0, len(figures) // 8, len(figures) // 4, len(figures) // 2, len(figures) - 1})]
     size, config = sum(f.stat().st_size for f in args.out.iterdir()) / 1e6, model.config
+    length = f"--steps {args.steps}" if args.steps else f"--minutes {args.minutes:g}"
     lines = [
         "# How tiny-llm was trained", "",
-        f"`python assets/build_tiny_llm.py --minutes {args.minutes:g} --seed {args.seed}`: {args.threads} thread, "
+        f"`python assets/build_tiny_llm.py {length} --seed {args.seed}`: {args.threads} thread, "
         f"torch {torch.__version__}, no GPU, {time.strftime('%d %B %Y')}.", "",
         f"Llama, {sum(p.numel() for p in model.parameters()):,} parameters: {config.hidden_size} wide, "
         f"{config.num_hidden_layers} blocks, {config.num_attention_heads} heads of {config.head_dim} "

@@ -218,10 +218,10 @@ class Run:
         write_atomic(self.base_file, json.dumps(facts, indent=1))
 
     def base(self) -> dict[str, Any]:
-        found = self._json("run.json")
+        found = self._json(self.base_file.name)
         names = all(isinstance(found.get(name, ""), str) for name in ("model", "code_hash"))
         held = all(_held(found.get(name, {})) for name in ("data", "weights"))
-        return found if names and held else self._damaged("run.json")
+        return found if names and held else self._damaged(self.base_file.name)
 
     def write_status(self, state: str, **facts: Any) -> None:
         assert state in STATES

@@ -145,7 +145,7 @@ class Rewarded:
 
     def told(self, record: Move, lesson: Answered) -> Move:
         """The record with one minus the mean reward as its loss, which people understand, for that of its lesson."""
-        return dataclasses.replace(record, loss=short(1 - lesson.reward[0].item()))
+        return record if record.skipped else dataclasses.replace(record, loss=short(1 - lesson.reward[0].item()))
 
     def evaluation(self, items: int) -> list[Asked]:
         """The fixed prompts of the held-out loss, with fixed seeds."""
