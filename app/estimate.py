@@ -26,6 +26,7 @@ COST = (
     "quantization",
     "space",
     "depth",
+    "layers",
     "columns",
     "directions",
     "optimizer",

@@ -35,6 +35,7 @@ PUBLISHED = {
     "batch_size": PICTURES,
     "space": "absolute",
     "depth": 1.0,
+    "layers": (),
     "noise": "gaussian",
     "eps": 1e-3,
     "clip": 100.0,
@@ -120,7 +121,7 @@ def gains(studio: Studio) -> Tuned:
 
 def scales(studio: Studio) -> Tuned:
     """Every scale of every quantised layer, as PEQA does (arXiv:2305.14152): a theta for each group of weights."""
-    space = studio.changed(space="group", depth=1.0, optimizer="sgd").space
+    space = studio.changed(space="group", depth=1.0, layers=(), optimizer="sgd").space
     theta = torch.zeros(space.layout.size, requires_grad=True)
     weights = {name: weight_of(view) for name, view in space.views.items()}
     return Tuned([theta], lambda: _differentiable(space, weights, theta))

@@ -64,6 +64,13 @@ def test_a_step_of_every_method_without_data_needs_what_it_needs(kinds, kind, sp
     assert planned == pytest.approx(counted, rel=0.05)
 
 
+def test_a_step_of_some_layers_is_planned_as_such(kinds):
+    _, config, work = kinds["llama"]
+    some = Work.of(Recipe(texts="x", layers=("o_proj",), depth=1.0, optimizer="sgd"), 30, None, torch.float32)
+    _, theta = plan.step(skeleton(config, dtype=torch.float32), some, 2)
+    assert theta == 4 * sum(v.out_features for n, v in find_scales(kinds["llama"][0]).items() if "o_proj" in n)
+
+
 def test_theta_is_as_large_as_the_scales_in_group_space_and_the_plan_says_so(kinds):
     _, config, work = kinds["llama"]
     model = skeleton(config, dtype=torch.float32)

@@ -18,7 +18,8 @@ from zo_engine.hub import ModelError, check, check_pipeline, is_language, langua
 from zo_engine.inspection import inspect
 from zo_engine.recipe import Recipe
 from zo_engine.run import Run
-from zo_engine.style import load_style, make_method
+from zo_engine.scales import find_scales
+from zo_engine.style import load_style, make_method, make_space, theta_of
 from zo_engine.tasks.text import choose, stack, token_features, token_losses
 
 ROWS = [{"text": f"{'fine' if i % 2 else 'dull'} {i}", "label": "good" if i % 2 else "bad"} for i in range(16)]
@@ -84,6 +85,18 @@ def test_resume_equals_uninterrupted_and_the_journal_replays(studio, tmp_path, o
     for record in whole.journal():
         method.apply(record)
     assert method.theta.any() and method.theta.numpy().tobytes() == results(whole)["state"]["theta"]
+
+
+def test_layers_by_name_move_alone_and_a_style_of_them_replays(recipe, tmp_path):
+    mine = dataclasses.replace(recipe, layers=("o_proj", "layers.1.mlp"), depth=0.99, steps=3)
+    studio = training.prepare(mine, tmp_path)
+    run = go(studio, tmp_path / "run")
+    theta, journal = load_style(run.style_file), load_style(run.journal_style_file)
+    wanted = {f"layers.{block}.self_attn.o_proj" for block in range(4)}
+    wanted |= {f"layers.1.mlp.{part}_proj" for part in ("gate", "up", "down")}
+    assert {name.removeprefix("model.").removesuffix(".rows") for name in theta.tensors} == wanted
+    found = theta_of(journal, make_space(find_scales(studio.model), journal.recipe), studio.code_hash)
+    assert found.any() and torch.equal(found, theta_of(theta, studio.space, studio.code_hash))
 
 
 def test_the_method_sees_losses_and_features_and_chunks_change_nothing_but_rounding(studio):
@@ -245,6 +258,14 @@ def test_impossible_settings_are_one_sentence(qzo, recipe, tmp_path, words, sent
     code, out, err = qzo("train", file, *words, "--out", tmp_path / "run")
     assert code == 2 and sentence in err and err.count("\n") == 1 and not out
     assert not (tmp_path / "run").exists()
+
+
+def test_layers_that_are_not_there_are_named_with_those_that_are(qzo, recipe, tmp_path):
+    file = tmp_path / "recipe.toml"
+    file.write_text(recipes.dump(recipe))
+    code, out, err = qzo("train", file, "--layers", "up_proj", "--layers", "proj", "--out", tmp_path / "run")
+    sentence = "no quantised layer has 'proj' in its name; they end in down_proj, gate_proj, k_proj, o_proj, "
+    assert code == 2 and err.splitlines()[-1].startswith(f"qzo: {sentence}") and not (tmp_path / "run").exists()
 
 
 def test_bad_rows_stop_a_run_or_are_skipped_and_said(recipe, tmp_path):

@@ -229,6 +229,7 @@ class Work:
     optimizer: str = "gauss-newton"
     columns: bool = False
     noise: str = "rademacher"
+    layers: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, recipe: Recipe, length: int, size: tuple[int, int] | None, dtype: torch.dtype) -> "Work":
@@ -236,7 +237,7 @@ class Work:
         count = recipe.directions
         if recipe.optimizer == "gauss-newton":
             count = directions_at(count or DIRECTIONS, recipe.steps - 1)
-        how = recipe.space, recipe.optimizer, recipe.columns, recipe.noise
+        how = recipe.space, recipe.optimizer, recipe.columns, recipe.noise, recipe.layers
         return cls(recipe.batch_size, length, size, recipe.depth, count, dtype, *how)
 
     def method(self, model: nn.Module, device: str = "meta", streams: bool = False) -> tuple[Space, GaussNewton | ZO]:
@@ -246,7 +247,7 @@ class Work:
             count = count or DIRECTIONS << DOUBLINGS
         recipe = Recipe(
             batch_size=self.batch, depth=self.depth, directions=count, space=self.space, optimizer=self.optimizer,
-            columns=self.columns, noise=self.noise,
+            columns=self.columns, noise=self.noise, layers=self.layers,
         )  # fmt: skip
         bring = (bring_of(model) or Tensor.clone) if streams else None
         space = make_space(find_scales(model, formats_of(quantization_of(model))), recipe, bring)

@@ -81,6 +81,8 @@ class Recipe:
     moves: str = setting("scales", "aqlm: the scales, or the codebooks, which need space group or absolute",
                          choices=("scales", "codebooks"))  # fmt: skip
     depth: float = setting(0.34, "share of the blocks that is tuned, from the output; 1: every layer", low=0.02, high=1)
+    layers: tuple[str, ...] = setting((), "layers that are tuned, by parts of their names, such as o_proj, attn or "
+                                      "transformer_blocks.12; empty: all of that depth")  # fmt: skip
     columns: bool = setting(False, "gain space: one gain per group of inputs as well")
     directions: int = setting(0, "gauss-newton: directions per level, at first; else per picture in gain space, "
                               "or per step; 0: left to the method", low=0)  # fmt: skip

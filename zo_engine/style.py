@@ -7,7 +7,8 @@ style belongs to, by a hash of its quantised codes and scales, and how it was ma
 
 import json
 import math
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from zo_engine.blocks import levels
 from zo_engine.journal import Move, Record, Step, short
 from zo_engine.newton import GaussNewton
 from zo_engine.probes import GainSpace, GroupSpace, Space
-from zo_engine.recipe import DIRECTIONS, Recipe, make
+from zo_engine.recipe import DIRECTIONS, Recipe, RecipeError, make
 from zo_engine.scales import ScaleView
 from zo_engine.zo import ZO
 
@@ -43,12 +44,26 @@ class Style:
 
 def make_space(views: dict[str, ScaleView], recipe: Recipe, bring: Callable[[Tensor], Tensor] | None = None) -> Space:
     """The space that a recipe names, over the scales of the layers that it tunes. bring: of a model whose blocks
-    stream; theta waits with them where it is as large as the scales."""
+    stream; theta waits with them where it is as large as the scales. Raises RecipeError for layers that are not there.
+    """
+    if recipe.layers:
+        views = named_layers(views, recipe.layers)
     tuned = {layer for level in levels(views, recipe.depth) for layer in level.layers}
     views = {name: view for name, view in views.items() if name in tuned}
     if recipe.space == "gain":
         return GainSpace(views, columns=recipe.columns)
     return GroupSpace(views, relative=recipe.space == "group", bring=bring)
+
+
+def named_layers(views: dict[str, ScaleView], wanted: Sequence[str]) -> dict[str, ScaleView]:
+    """The layers whose names hold one of these, as whole parts between dots (so what peft calls `target_modules`, and
+    more). Raises RecipeError for one that is in no name."""
+    held = {part: [name for name in views if f".{part}." in f".{name}."] for part in wanted}
+    if nothing := [part for part, names in held.items() if not names]:
+        ends = sorted({re.sub(r"^.*\.(?=\D)", "", name) for name in views})
+        raise RecipeError(f"no quantised layer has {nothing[0]!r} in its name; they end in {', '.join(ends)}")
+    found = {name for names in held.values() for name in names}
+    return {name: view for name, view in views.items() if name in found}
 
 
 def make_method(space: Space, recipe: Recipe, device: torch.device | str = "cpu") -> GaussNewton | ZO:
