@@ -316,7 +316,7 @@ def method(series: Series, unit: str = "pictures") -> str:
         parts = [
             chart("Gain of a step", [("line", series.gains())], unit=" %",
                   note=f"By how much it lowers the loss of {unit} that it was not made from. 0: nothing that was tried "
-                  "helped them, and the model stayed."),
+                  "surely helped, and the model stayed. Below 0: what helped others before did not help these."),
             chart("Size of a step", [("line", series.sizes())], unit=" %",
                   note="How far it moves a typical scale of the model. Steps get smaller as there is less to gain."),
         ]  # fmt: skip

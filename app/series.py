@@ -8,7 +8,7 @@ from pathlib import Path
 from threading import Lock
 from typing import Any
 
-from zo_engine.journal import smoothing
+from zo_engine.journal import gain, smoothing
 from zo_engine.run import Run
 
 SMOOTHED = 20  # steps; an average of fewer lags behind what it is to show
@@ -111,9 +111,9 @@ class Series:
         """By how many percent each step lowered the loss of examples that it was not made from."""
         rows = []
         for line in self.journal:
-            still, *moved = line.get("tried") or [None]
-            if still:
-                rows.append([line["step"] + 1, 100 * (1 - min(loss for loss in (still, *moved) if loss) / still)])
+            found = gain(line.get("tried", ()), line.get("made") if "errors" in line else None)
+            if found is not None:
+                rows.append([line["step"] + 1, found])
         return _curves(rows, 1)[0]
 
     def sizes(self) -> Curve:

@@ -788,15 +788,20 @@ def test_few_long_steps_are_told_as_they_go(place):
     assert "Taking up the run" in show("running", first | {"step": 7})
 
     run.journal_file.write_text(
-        Move(0, (0.1,), 0.02, 0.8, 0.1, tried=(0.8, 0.9, 0.72)).to_json()
-        + "\n"
-        + Move(1, (), 0.0, 0.7).to_json()
-        + "\n"
+        "".join(
+            f"{move.to_json()}\n"
+            for move in (
+                Move(0, (0.1,), 0.02, 0.8, 0.1, tried=(0.8, 0.9, 0.72)),  # as journals were: the best was made
+                Move(1, (), 0.0, 0.7),
+                Move(2, (0.1,), 0.02, 0.8, 0.1, tried=(0.8, 0.84, 0.72), errors=(0.1, 0.1), made=1),
+                Move(3, (0.0,), 0.0, 0.8, 0.1, tried=(0.8, 0.84, 0.72), errors=(0.1, 0.1), made=0),
+            )
+        )
     )
     series = Series.of(run)
-    assert series.gains().x == [1] and series.gains().y == pytest.approx([10])
-    assert series.sizes().y == [2.0, 0.0] and "Gain of a step" in figures.method(series)
-    assert figures.charts(series, []).count('class="point') == 2  # every step is marked
+    assert series.gains().x == [1, 3, 4] and series.gains().y == pytest.approx([10, -5, 0])
+    assert series.sizes().y == [2.0, 0.0, 2.0, 0.0] and "Gain of a step" in figures.method(series)
+    assert figures.charts(series, []).count('class="point') == 4  # every step is marked
 
 
 def test_a_long_run_is_no_more_to_the_page_than_its_curves(place):

@@ -79,6 +79,8 @@ def test_a_line_comes_back_or_is_refused():
         ('{"step": 0, "size": 0, "loss": 1, "weights": 3}', "as its weights"),
         ('{"step": 0, "size": 0, "loss": 1, "weights": ["a"]}', "as its weights"),
         ('{"step": 0, "size": 0, "loss": true, "weights": []}', "as its loss"),
+        ('{"step": 0, "size": 0, "loss": 1, "tried": [1, 1], "errors": [1, 1]}', "has 2 errors, and number 0 made"),
+        ('{"step": 0, "size": 0, "loss": 1, "tried": [1, 1], "errors": [1], "made": 2}', "number 2 made, of 1 tries"),
         ('{"step": 0, "size": 0, "loss": 1, "crc": "00000000"}', "checksum does not fit"),
         ('{"crc": "00000000", "step": 0, "size": 0, "loss": 1}', "not at its end"),
     ],

@@ -15,7 +15,7 @@ from exact import exact_net, net_inputs, quantised_net
 from zo_engine.blocks import Prefix, levels
 from zo_engine.journal import Move, read
 from zo_engine.models import load_transformer
-from zo_engine.newton import DAMPINGS, REACH, TRIES, GaussNewton
+from zo_engine.newton import DAMPINGS, REACH, SHARES, TRIES, GaussNewton, _best, _weighed
 from zo_engine.noise import Layout
 from zo_engine.probes import GainSpace, evaluate
 from zo_engine.recipe import GROWTH, Recipe
@@ -72,7 +72,7 @@ def test_a_step_is_the_damped_solution_in_the_span_of_its_directions():
     newton = method()
     span = torch.zeros(8, 20, dtype=torch.float64)
     span[:4, 10:], span[4:, :10] = (z.double() for z in newton.directions())
-    record = newton.advance(least_squares(matrices, targets)(newton), BATCH, BATCH)
+    record = newton.advance(least_squares(matrices, targets)(newton), BATCH, 20 * BATCH)
     jacobian = matrices @ span.T
     gram = torch.einsum("bmk,bml->kl", jacobian, jacobian) / BATCH
     slope = -torch.einsum("bmk,bm->k", jacobian, targets) / BATCH
@@ -154,6 +154,53 @@ def test_a_move_that_fresh_examples_refute_is_not_made():
     assert not newton.theta.any() and newton.step == 1
     assert not record.skipped and record.damping == record.size == 0 and not any(record.weights)
     assert min(record.tried) == record.tried[0]
+
+
+def chosen(steps):
+    """Which try is made after steps of (losses of every try, their errors)."""
+    standing, made = [], []
+    for tried, errors in steps:
+        standing = _weighed(standing, tried, errors)
+        made.append(_best(standing))
+    return made
+
+
+def test_a_try_is_made_if_it_is_surely_better_than_standing_still():
+    still, worse, slightly = 1.0, 1.2, 0.98
+    assert chosen([((still, worse, slightly), (0.1, 0.03))]) == [0]  # by less than its standard error
+    assert chosen([((still, worse, slightly), (0.1, 0.01))]) == [2]
+    assert chosen([((still, 0.9, 0.5), (0.01, 0.6))]) == [1]  # the bold one may be chance
+    assert chosen([((still, 0.9, 0.8), (0.0, 0.0))]) == [2]  # of one example alone, errors are not known
+    assert chosen([((still, still, still), (0.0, 0.0))]) == [0]
+
+
+def test_what_helps_a_little_again_and_again_is_made_and_an_old_success_fades():
+    slightly = ((1.0, 0.991, 1.0), (0.01, 0.01))
+    assert chosen([slightly] * 3) == [0, 1, 1]
+    once, never = ((1.0, 0.9, 1.0), (0.01, 0.01)), ((1.0, 1.02, 1.0), (0.01, 0.01))
+    assert chosen([once, *[never] * 3]) == [1, 1, 0, 0]
+
+
+def test_steps_count_in_units_of_their_errors():
+    """A step of the start, where losses fall by a hundred times as much, does not outvote those after it."""
+    start, later = ((100.0, 50.0, 60.0), (5.0, 5.0)), ((1.0, 0.9, 0.6), (0.03, 0.03))
+    assert chosen([start, later]) == [1, 2]
+
+
+def test_a_try_that_is_not_finite_begins_anew():
+    good, bad = ((1.0, 0.9, 0.95), (0.01, 0.01)), ((1.0, math.nan, 0.95), (math.nan, 0.01))
+    assert chosen([good, bad, good]) == [1, 2, 2]
+    assert chosen([good, ((math.inf, 0.9, 0.95), (0.01, 0.01))]) == [1, 0]
+
+
+def test_chance_moves_little_where_nothing_helps():
+    """Shares of two ways that help by chance alone: three of four times one looks good, and few steps move."""
+    noise = torch.randn(200, 64, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    rises = torch.cat([noise * share for share in SHARES], 2)
+    tried, errors = 1 + rises.mean(1), rises.std(1) / 8
+    steps = [((1.0, *t), e) for t, e in zip(tried.tolist(), errors.tolist(), strict=True)]
+    assert (tried < 1).any(1).float().mean() > 0.7
+    assert sum(map(bool, chosen(steps))) < 0.5 * len(steps)
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
@@ -251,7 +298,9 @@ def test_a_run_that_was_stopped_goes_on_as_if_it_had_not_been(stop):
     first, _ = live(stop)
     tensors, scalars = first.state()
     second = method()
-    second.restore(tensors, {name: float(repr(value)) for name, value in scalars.items()}, journal[:stop])
+    kept = through_json(journal)[:stop]
+    second.restore(tensors, {name: float(repr(value)) for name, value in scalars.items()}, kept)
+    assert second.standing == first.standing
     goes_on = [second.advance(rough(second), BATCH, BATCH) for _ in range(stop, 9)]
     assert lines(goes_on) == lines(journal[stop:]) and torch.equal(second.theta, whole.theta)
 

@@ -4,6 +4,7 @@ import json
 import math
 import re
 import zlib
+from collections.abc import Sequence
 from dataclasses import MISSING, dataclass, fields
 from typing import Any
 
@@ -23,6 +24,15 @@ class Record:
         """Not-a-number and infinity become null: JSON has no words for them, and the step is skipped either way."""
         found = {f.name: _plain(getattr(self, f.name)) for f in fields(self)}
         return json.dumps({name: value for name, value in found.items() if value != []})
+
+
+def gain(tried: Sequence[float | None], made: int | None) -> float | None:
+    """By how many percent a move lowered the loss of examples that it was not made from; None where it is not known.
+
+    tried, made: as in `Move`; made None: the least, as it was in journals without `errors`."""
+    start = tried[0] if tried else None
+    end = min((loss for loss in tried if loss is not None), default=None) if made is None else tried[made]
+    return 100 * (1 - end / start) if start and end is not None else None
 
 
 def smoothing(steps: int) -> float:
@@ -52,11 +62,14 @@ class Move(Record):
 
     step: int
     weights: tuple[float, ...]  # how far theta goes along each direction, exact in fp32; empty for a skipped step
-    size: float  # of the move, root mean square; like what follows, for people, not for replay
+    size: float  # of the move, root mean square; like the next three, for people, not for replay
     loss: float  # mean loss of the batch before the move
     damping: float = 0.0  # what made the move
     share: float = 1.0  # of the way that the damping gives
+    # Read where a run goes on, to choose among the next tries:
     tried: tuple[float, ...] = ()  # losses of a fresh batch: standing still, then with every move
+    errors: tuple[float, ...] = ()  # of each of these against standing still, standard errors
+    made: int = 0  # which of `tried`
 
     @property
     def skipped(self) -> bool:
@@ -82,7 +95,12 @@ def record(found: dict[str, Any]) -> Record:
         if not fits or several != isinstance(value, list):
             raise JournalError(f"has {str(value)[:40]!r} as its {f.name}")
         values[f.name] = _number(value)
-    return kind(**values)
+    line = kind(**values)
+    if isinstance(line, Move) and line.errors:
+        moves = len(line.tried) - 1
+        if len(line.errors) != moves or line.made > moves:
+            raise JournalError(f"has {len(line.errors)} errors, and number {line.made} made, of {moves} tries")
+    return line
 
 
 # A line ends with a checksum of itself, so that a bit that flips on a disk is noticed and not trained on.

@@ -14,14 +14,19 @@ language model is a cross-entropy, whose features are square roots of probabilit
 derivatives: Cartis, Roberts, arXiv:2102.12016.) Stiff directions no longer set the pace for flat ones, there is no step
 size, and one pass a direction is enough: the curvature that makes one-sided differences wrong is part of the model.
 What is made of the solution is tried on the batch of the next step: a handful of dampings, and shares of the way, for a
-small batch's own noise is as large along stiff directions as along flat ones, where no damping tells them apart. The
-best is made; none may help, and then theta stays.
+small batch's own noise is as large along stiff directions as along flat ones, where no damping tells them apart. A
+small batch also says little about which of them is best, and the best of many on it is often one that only looks so.
+But what kind of move helps changes slowly: a step counts fully, the one before it half, and so on, each in units of
+its own error. The best of all that are better than standing still by a standard error is made; where none is,
+theta stays.
 
 Every step is a function of its `Move` record, in elementwise arithmetic of a fixed order: replaying the journal gives
 theta bit for bit, on any device.
 """
 
+import math
 from collections.abc import Callable, Sequence
+from itertools import compress
 
 import torch
 from torch import Tensor
@@ -35,9 +40,12 @@ DAMPINGS = (0.03, 0.3)  # lambda, in units of the mean diagonal of Z'J'JZ
 SHARES = (0.2, 0.35, 0.6, 1.0)  # of the solution's way
 TRIES = tuple((damping, share) for damping in DAMPINGS for share in SHARES)
 HELD = 1 << 29  # directions' elements that are kept from example to example; more are drawn anew, a part at a time
+FADING = 0.5  # of what steps before this one said of every try
+SURE = 1.0  # standard errors
 REACH = 0.3  # of a move, root mean square: what is longer is shortened, since no model of a loss holds that far
 
 Outcomes = Callable[[int, Probes, bool], Tensor]
+Standing = list[tuple[float, float]]  # of every try: a sum over steps, each in units of its errors; and its variance
 
 
 class GaussNewton:
@@ -60,6 +68,7 @@ class GaussNewton:
         self.per_part = list(per_part)
         self.theta = torch.zeros(layout.size, device=device)
         self.step = self.skipped = 0
+        self.standing: Standing = []
 
     def counts(self, step: int) -> list[int]:
         """Directions of every part in a step, at most one an element."""
@@ -84,7 +93,8 @@ class GaussNewton:
         outcomes(part, probes, fresh): the loss of every row and then its features [R, 1 + m], with the perturbation
         inside of a part; of this step's batch of `batch` examples, whose rows come one example a call, or of a fresh
         batch of `fresh`, where only the losses are read: [R, 1] will do, and they may be other losses than those of
-        the batch. tries: (damping, share of the way) of every move that is tried. What is not finite skips the step.
+        the batch. tries: (damping, share of the way) of every move that is tried. An outcome of this step's batch that
+        is not finite skips the step; one of a try leaves out that try.
         """
         gram, slope, loss = self._model(outcomes, batch)
         if not (gram.isfinite().all() and slope.isfinite().all()):
@@ -101,16 +111,19 @@ class GaussNewton:
             torch.arange(fresh).repeat(len(moves)),
             self.layout,
         )
-        tried = outcomes(len(self.parts) - 1, probes, True)[:, 0].double().view(len(moves), fresh).mean(1).cpu()
-        best = int(tried.nan_to_num(nan=torch.inf).argmin())
-        size = moves[best].square().mean().sqrt().item()
+        found = outcomes(len(self.parts) - 1, probes, True)[:, 0].double().view(len(moves), fresh).cpu()
+        error = (found[1:] - found[0]).std(1, correction=min(1, fresh - 1)) / fresh**0.5  # of one example alone: 0
+        tried, errors = (tuple(map(short, values.tolist())) for values in (found.mean(1), error))
+        best = _best(_weighed(self.standing, tried, errors))
         record = Move(
             self.step,
             weights[best],
-            short(size),
+            short(moves[best].square().mean().sqrt().item()),
             short(loss),
             *(tries[best - 1] if best else (0.0, 0.0)),
-            tuple(short(t) for t in tried.tolist()),
+            tried,
+            errors,
+            best,
         )
         self.apply(record)
         return record
@@ -182,6 +195,7 @@ class GaussNewton:
             raise ValueError(f"step {record.step} has {len(record.weights)} weights, not {count}")
         (move,) = self._moves([record.weights])
         self.theta = self.theta + move
+        self.standing = _weighed(self.standing, record.tried, record.errors)
         self.step += 1
 
     def skip(self) -> None:
@@ -199,6 +213,33 @@ class GaussNewton:
         """Take up a state."""
         self.theta = tensors["theta"].to(self.theta.device, copy=True)
         self.step, self.skipped = int(scalars["step"]), int(scalars["skipped"])
+        self.standing = []
+        for record in journal[: self.step]:
+            self.standing = _weighed(self.standing, record.tried, record.errors)
+
+
+def _weighed(before: Standing, tried: Sequence[float], errors: Sequence[float]) -> Standing:
+    """By how much every try raised the loss, against standing still, in this step and, fading, in those before it.
+
+    A try whose loss is not finite begins anew. A step that says nothing of its tries, because it was skipped or is of a
+    journal without errors, changes nothing."""
+    if not errors:
+        return before
+    rises = [loss - tried[0] for loss in tried[1:]]
+    finite = [math.isfinite(rise) and math.isfinite(error) for rise, error in zip(rises, errors, strict=True)]
+    unit = sum(compress(errors, finite)) or sum(map(abs, compress(rises, finite))) or 1.0
+    if len(before) != len(rises):
+        before = [(0.0, 0.0)] * len(rises)
+    return [
+        (rise / unit + FADING * total, (error / unit) ** 2 + FADING**2 * variance) if known else (0.0, 0.0)
+        for (total, variance), rise, error, known in zip(before, rises, errors, finite, strict=True)
+    ]
+
+
+def _best(standing: Standing) -> int:
+    """The number of the best try, from 1 on, of those that surely lower the loss; 0 if none does."""
+    sums = [s if s + SURE * v**0.5 < 0 else 0.0 for s, v in standing]
+    return 1 + sums.index(min(sums)) if min(sums) < 0 else 0
 
 
 def _solutions(gram: Tensor, slope: Tensor, tries: Sequence[tuple[float, float]] = TRIES) -> list[tuple[float, ...]]:
