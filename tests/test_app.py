@@ -795,13 +795,14 @@ def test_few_long_steps_are_told_as_they_go(place):
                 Move(1, (), 0.0, 0.7),
                 Move(2, (0.1,), 0.02, 0.8, 0.1, tried=(0.8, 0.84, 0.72), errors=(0.1, 0.1), made=1),
                 Move(3, (0.0,), 0.0, 0.8, 0.1, tried=(0.8, 0.84, 0.72), errors=(0.1, 0.1), made=0),
+                Move(4, (0.1,), 0.0, 0.8, 0.1, tried=(0.8, 0.84, 0.72), errors=(0.1, 0.1), made=9),  # a flipped bit
             )
         )
     )
     series = Series.of(run)
     assert series.gains().x == [1, 3, 4] and series.gains().y == pytest.approx([10, -5, 0])
-    assert series.sizes().y == [2.0, 0.0, 2.0, 0.0] and "Gain of a step" in figures.method(series)
-    assert figures.charts(series, []).count('class="point') == 4  # every step is marked
+    assert series.sizes().y == [2.0, 0.0, 2.0, 0.0, 0.0] and "Gain of a step" in figures.method(series)
+    assert figures.charts(series, []).count('class="point') == 5  # every step is marked
 
 
 def test_a_long_run_is_no_more_to_the_page_than_its_curves(place):

@@ -29,9 +29,13 @@ class Record:
 def gain(tried: Sequence[float | None], made: int | None) -> float | None:
     """By how many percent a move lowered the loss of examples that it was not made from; None where it is not known.
 
-    tried, made: as in `Move`; made None: the least, as it was in journals without `errors`."""
+    tried, made: as in `Move`; made None: the least, as it was in journals without `errors`. A page asks of lines that
+    may be damaged, too."""
     start = tried[0] if tried else None
-    end = min((loss for loss in tried if loss is not None), default=None) if made is None else tried[made]
+    if made is None:
+        end = min((loss for loss in tried if loss is not None), default=None)
+    else:
+        end = tried[made] if made < len(tried) else None
     return 100 * (1 - end / start) if start and end is not None else None
 
 
