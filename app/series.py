@@ -111,7 +111,7 @@ class Series:
         """By how many percent each step lowered the loss of examples that it was not made from."""
         rows = []
         for line in self.journal:
-            found = gain(line.get("tried", ()), line.get("made") if "errors" in line else None)
+            found = gain(line.get("tried", ()), line.get("errors", ()), line.get("made", 0))
             if found is not None:
                 rows.append([line["step"] + 1, found])
         return _curves(rows, 1)[0]

@@ -266,6 +266,7 @@ def test_layers_that_are_not_there_are_named_with_those_that_are(qzo, recipe, tm
     code, out, err = qzo("train", file, "--layers", "up_proj", "--layers", "proj", "--out", tmp_path / "run")
     sentence = "no quantised layer has 'proj' in its name; they end in down_proj, gate_proj, k_proj, o_proj, "
     assert code == 2 and err.splitlines()[-1].startswith(f"qzo: {sentence}") and not (tmp_path / "run").exists()
+    assert "loading" not in err
 
 
 def test_bad_rows_stop_a_run_or_are_skipped_and_said(recipe, tmp_path):

@@ -26,16 +26,16 @@ class Record:
         return json.dumps({name: value for name, value in found.items() if value != []})
 
 
-def gain(tried: Sequence[float | None], made: int | None) -> float | None:
+def gain(tried: Sequence[float | None], errors: Sequence[float | None], made: int) -> float | None:
     """By how many percent a move lowered the loss of examples that it was not made from; None where it is not known.
 
-    tried, made: as in `Move`; made None: the least, as it was in journals without `errors`. A page asks of lines that
-    may be damaged, too."""
+    tried, errors, made: as in `Move`; in journals without errors, the least was made. A page asks of lines that may be
+    damaged, too."""
     start = tried[0] if tried else None
-    if made is None:
-        end = min((loss for loss in tried if loss is not None), default=None)
-    else:
+    if errors:
         end = tried[made] if made < len(tried) else None
+    else:
+        end = min((loss for loss in tried if loss is not None), default=None)
     return 100 * (1 - end / start) if start and end is not None else None
 
 

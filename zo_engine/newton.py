@@ -195,8 +195,12 @@ class GaussNewton:
             raise ValueError(f"step {record.step} has {len(record.weights)} weights, not {count}")
         (move,) = self._moves([record.weights])
         self.theta = self.theta + move
-        self.standing = _weighed(self.standing, record.tried, record.errors)
+        self._remember(record)
         self.step += 1
+
+    def _remember(self, record: Move) -> None:
+        """What the tries of a step did, of which the next ones make something too."""
+        self.standing = _weighed(self.standing, record.tried, record.errors)
 
     def skip(self) -> None:
         """A step with an outcome that is not finite: theta stays as it is; it is counted."""
@@ -215,7 +219,7 @@ class GaussNewton:
         self.step, self.skipped = int(scalars["step"]), int(scalars["skipped"])
         self.standing = []
         for record in journal[: self.step]:
-            self.standing = _weighed(self.standing, record.tried, record.errors)
+            self._remember(record)
 
 
 def _weighed(before: Standing, tried: Sequence[float], errors: Sequence[float]) -> Standing:

@@ -77,7 +77,7 @@ def _slopes(journal: list[Step], method: Axes, size: Axes) -> None:
 
 def _moves(journal: list[Move], method: Axes, size: Axes) -> None:
     made = [r for r in journal if r.tried and r.tried[0]]
-    gains = [gain(r.tried, r.made if r.errors else None) for r in made]
+    gains = [gain(r.tried, r.errors, r.made) for r in made]
     method.plot([r.step + 1 for r in made], gains, "o-", ms=3, color=LINE)
     method.set_title("Gain of a step on fresh examples, percent of their loss")
     size.plot([r.step + 1 for r in made], [r.size or np.nan for r in made], "o-", ms=3, color=LINE, label="move (rms)")

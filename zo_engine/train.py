@@ -45,7 +45,7 @@ from zo_engine.probes import Probes, Space, evaluate
 from zo_engine.recipe import Recipe, RecipeError, budgeted, last_doubling, named
 from zo_engine.run import Run, write_atomic
 from zo_engine.scales import ScaleView, find_scales, formats_of, prove_live
-from zo_engine.style import Style, journal_tensors, make_method, make_space, save_style, theta_tensors
+from zo_engine.style import Style, journal_tensors, make_method, make_space, named_layers, save_style, theta_tensors
 from zo_engine.tasks.diffusion import SEARCH, TRAINING, Diffusion, Example, answers, sample
 from zo_engine.tasks.reward import Prompt as Request
 from zo_engine.tasks.reward import Rewarded
@@ -547,12 +547,16 @@ def place(
     recipe: Recipe, part: Path, work: plan.Work, device: torch.device, cache_folder: Path, notes: list[str]
 ) -> tuple[Recipe, models.Placement]:
     """Where the blocks of the model in `part` go, by the recipe's `memory` and `offload`; what was derived is in the
-    recipe that comes back, and in the notes. Raises PlanError where nothing fits, RecipeError for what it cannot do."""
+    recipe that comes back, and in the notes. Raises PlanError where nothing fits, RecipeError for what it cannot do and
+    for layers that are not there."""
     if recipe.transport != "whole" and not recipe.memory and recipe.offload not in ("cpu", "disk"):
         raise RecipeError(
             f'transport = "{recipe.transport}" is for blocks that stream, and here none do; set offload to "cpu" or '
             '"disk", or memory, or transport to "whole"'
         )
+    if recipe.layers:  # whether they are there is known before the minutes that loading takes
+        model = plan.outlined(part, recipe.quantization, work.dtype, recipe.transport)
+        named_layers(find_scales(model, formats_of(recipe.quantization, recipe.moves)), recipe.layers)
     if not recipe.memory:
         return recipe, streaming(recipe.offload, part, cache_folder)
     model = plan.outlined(part, recipe.quantization, work.dtype, recipe.transport)
