@@ -240,6 +240,32 @@ def test_directions_double_and_are_no_more_than_elements():
         assert newton.counts(step) == [count, other] and newton.cost(step) == count + other + 2
 
 
+def test_some_directions_move_whole_layers():
+    """One in four, at most one a layer; and what only they can do in one step, they do."""
+    shapes = {"a.rows": (3,), "b.rows": (5,), "c.rows": (32,)}
+    layout = Layout(shapes)
+    newton = GaussNewton(layout, [layout], seed=1, per_part=[12])
+    (z,) = newton.directions()
+    assert [sorted(row.abs().tolist()) for row in z[9:]] == [[0] * 37 + [4] * 3, [0] * 35 + [3] * 5, [0] * 8 + [1] * 32]
+    assert (z[:9].abs() == 1).all() and z.dtype == torch.int8
+    few = GaussNewton(layout, [layout], seed=1, per_part=[8])  # two for three layers: a and c move together
+    seen = set()
+    for few.step in range(8):
+        together, alone = few.directions()[0][6:].tolist()
+        assert together[3:8] == [0] * 5 and [*alone[:3], *alone[8:]] == [0] * 35
+        assert len({*together[:3]}) == len({*together[8:]}) == len({*alone[3:8]}) == 1
+        seen.add(together[0] * together[8])
+    assert seen == {1, -1}
+
+    target = torch.tensor([0.1] * 3 + [-0.05] * 5 + [0.02] * 32, dtype=torch.float64)
+
+    def outcomes(part, probes, fresh):
+        return squared(at(newton, probes) - target)
+
+    newton.advance(outcomes, 1, 1, tries=((1e-6, 1.0),))
+    torch.testing.assert_close(newton.theta.double(), target, rtol=1e-3, atol=1e-4)
+
+
 # The journal is the run
 
 
@@ -284,6 +310,20 @@ def test_replaying_the_journal_gives_the_run_bit_for_bit(kind, form):
     for record in form(journal):
         again.apply(record)
     assert torch.equal(again.theta, newton.theta) and (again.step, again.skipped) == (steps, 2)
+
+
+def test_journals_from_before_whole_layers_were_moved_replay(monkeypatch):
+    monkeypatch.setattr("zo_engine.newton.WHOLE", 0)
+    before, journal = live()
+    assert all(record.whole == 0 for record in journal)
+    old = [record.to_json().replace(', "whole": 0', "") for record in journal]
+    packed = {"weights": journal_tensors(journal)["weights"]}
+    monkeypatch.undo()
+    for records in map(read, old), journal_records(packed):
+        again = method()
+        for record in records:
+            again.apply(record)
+        assert torch.equal(again.theta, before.theta) and before.theta.any()
 
 
 def test_json_keeps_every_number():

@@ -20,6 +20,9 @@ But what kind of move helps changes slowly: a step counts fully, the one before 
 its own error. The best of all that are better than standing still by a standard error is made; where none is,
 theta stays.
 
+A few of the directions move whole layers, all elements of one alike: what such a move does adds up over the elements,
+and random directions go hardly at all along it.
+
 Every step is a function of its `Move` record, in elementwise arithmetic of a fixed order: replaying the journal gives
 theta bit for bit, on any device.
 """
@@ -40,6 +43,8 @@ DAMPINGS = (0.03, 0.3)  # lambda, in units of the mean diagonal of Z'J'JZ
 SHARES = (0.2, 0.35, 0.6, 1.0)  # of the solution's way
 TRIES = tuple((damping, share) for damping in DAMPINGS for share in SHARES)
 HELD = 1 << 29  # directions' elements that are kept from example to example; more are drawn anew, a part at a time
+WHOLE = 4  # one direction of a part in so many moves whole layers; at most one a layer
+LONGEST = 4  # how far these go in their elements, where others go by one, so that all are of about the same length
 FADING = 0.5  # of what steps before this one said of every try
 SURE = 1.0  # standard errors
 REACH = 0.3  # of a move, root mean square: what is longer is shortened, since no model of a loss holds that far
@@ -79,9 +84,15 @@ class GaussNewton:
         """The directions of the next step for every part, each [K, n of the part]."""
         return [self._directions(part) for part in range(len(self.parts))]
 
-    def _directions(self, part: int) -> Tensor:
-        count = self.counts(self.step)[part]
-        return directions(self.kind, self.parts[part], self.seed, self.step, range(count), self.theta.device)
+    def _directions(self, part: int, whole: int = WHOLE) -> Tensor:
+        count, layout, where = self.counts(self.step)[part], self.parts[part], (self.seed, self.step)
+        moved = min(count // whole, len(layout.numel)) if whole else 0
+        z = directions(self.kind, layout, *where, range(count - moved), self.theta.device)
+        if not moved:
+            return z
+        layers = Layout(dict.fromkeys(layout.numel, (1,)))
+        signs = directions("rademacher", layers, *where, [count], self.theta.device)[0]
+        return torch.cat([z, _layerwise(layout, signs, moved).to(z.dtype)])
 
     def cost(self, step: int) -> int:
         """Rows that one example has in a step, before the tries."""
@@ -124,6 +135,7 @@ class GaussNewton:
             tried,
             errors,
             best,
+            WHOLE,
         )
         self.apply(record)
         return record
@@ -169,12 +181,13 @@ class GaussNewton:
         factor = REACH / max(REACH, (squares / self.layout.size) ** 0.5)
         return tuple(short(w * factor) for w in weights)
 
-    def _moves(self, weights: Sequence[Sequence[float]]) -> list[Tensor]:
+    def _moves(self, weights: Sequence[Sequence[float]], whole: int = WHOLE) -> list[Tensor]:
         """What theta moves by with each of some weights: Z w [n], one direction after the other, so that it rounds
         alike everywhere."""
         made = [torch.zeros_like(self.theta) for _ in weights]
         start = 0
-        for part, z in zip(self.parts, self.directions(), strict=True):
+        for number, part in enumerate(self.parts):
+            z = self._directions(number, whole)
             where = self.layout.index(part, self.theta.device)
             for move, w in zip(made, weights, strict=True):
                 along = torch.zeros(part.size, device=self.theta.device)
@@ -193,7 +206,7 @@ class GaussNewton:
             return
         if len(record.weights) != (count := sum(self.counts(self.step))):
             raise ValueError(f"step {record.step} has {len(record.weights)} weights, not {count}")
-        (move,) = self._moves([record.weights])
+        (move,) = self._moves([record.weights], record.whole)
         self.theta = self.theta + move
         self._remember(record)
         self.step += 1
@@ -220,6 +233,21 @@ class GaussNewton:
         self.standing = []
         for record in journal[: self.step]:
             self._remember(record)
+
+
+def _layerwise(layout: Layout, signs: Tensor, count: int) -> Tensor:
+    """Directions [count, n] that move whole layers, int8. With fewer directions than layers, every one of them moves
+    several, each by its sign, which another step draws anew.
+
+    signs: [layers]."""
+    z = torch.zeros(count, layout.size, dtype=torch.int8, device=signs.device)
+    parts = layout.split(z)
+    for number, name in enumerate(layout.numel):
+        parts[name][number % count] = signs[number]
+    moved = z.abs().sum(1, dtype=torch.int64).tolist()  # elements
+    for row, elements in zip(z, moved, strict=True):
+        row *= min(LONGEST, round((layout.size / elements) ** 0.5))
+    return z
 
 
 def _weighed(before: Standing, tried: Sequence[float], errors: Sequence[float]) -> Standing:

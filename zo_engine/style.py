@@ -101,12 +101,15 @@ def theta_tensors(space: Space, theta: Tensor) -> dict[str, Tensor]:
 
 
 def journal_tensors(journal: list[Record]) -> dict[str, Tensor]:
-    """The weights of all steps, a not-a-number after each step's; or a row of slopes a step, and what goes with them.
-    Weights and slopes are fp32 (exact, see `short`). Raises StyleError for an empty journal."""
+    """The weights of all steps, a not-a-number after each step's, and `Move.whole`; or a row of slopes a step, and what
+    goes with them. Weights and slopes are fp32 (exact, see `short`). Raises StyleError for an empty journal."""
     if not journal:
         raise StyleError("the run has not made a step yet, so there is no style to save")
     if isinstance(journal[0], Move):
-        return {"weights": torch.tensor([w for r in journal for w in (*r.weights, math.nan)], dtype=torch.float32)}
+        return {
+            "weights": torch.tensor([w for r in journal for w in (*r.weights, math.nan)], dtype=torch.float32),
+            "whole": torch.tensor([r.whole for r in journal], dtype=torch.uint8),
+        }
     nothing = (math.nan,) * 4
     return {
         "slopes": torch.tensor([r.slopes for r in journal], dtype=torch.float32),
@@ -122,14 +125,20 @@ def journal_records(tensors: dict[str, Tensor]) -> list[Record]:
     unknown = math.nan  # the losses are not packed
     if not all(t.shape[0] for t in tensors.values() if t.ndim):
         raise StyleError("the style's journal is damaged: it has no steps")
-    if form == {"weights": 1}:
+    if "weights" in form and form in ({"weights": 1}, {"weights": 1, "whole": 1}):  # the first from before there were
         flat = tensors["weights"]
         ends = flat.isnan().nonzero().flatten().tolist()
         if not ends or ends[-1] != len(flat) - 1:
             raise StyleError("the style's journal is damaged: its last step has no end")
         starts = [0, *(end + 1 for end in ends)]
         rows = [flat[start:end].tolist() for start, end in zip(starts, ends, strict=False)]
-        return [Move(i, tuple(short(w) for w in row), unknown, unknown) for i, row in enumerate(rows)]
+        whole = tensors["whole"].tolist() if "whole" in tensors else [0] * len(rows)
+        if len(whole) != len(rows) or not all(type(moved) is int for moved in whole):
+            raise StyleError("the style's journal is damaged: which directions moved whole layers is not there for all")
+        return [
+            Move(i, tuple(short(w) for w in row), unknown, unknown, whole=moved)
+            for i, (row, moved) in enumerate(zip(rows, whole, strict=True))
+        ]
     if form != {"slopes": 2, "clip": 1, "step_size": 1, "search": 2}:
         raise StyleError("the style's journal is damaged: weights, or slopes, clip, step_size and search must be there")
     if len({len(t) for t in tensors.values()}) != 1:
