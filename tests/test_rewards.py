@@ -166,7 +166,7 @@ def test_perturbed_models_answer_in_one_batch_as_they_do_one_by_one(studio):
 
 def test_the_reward_of_the_embedded_model_rises(tmp_path):
     """By more than chance explains, in two short steps."""
-    recipe = dataclasses.replace(recipes.load(STYLES / "json" / "recipe.toml"), steps=2, directions=32, preview_every=0)
+    recipe = dataclasses.replace(recipes.load(STYLES / "json" / "recipe.toml"), steps=2, directions=64, preview_every=0)
     first, *_, last = go(training.prepare(recipe, tmp_path), tmp_path / "run").evaluations()
     assert last["loss"] < first["loss"] - 4 * first["error"] and last["reward"] > first["reward"]
 

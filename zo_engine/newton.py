@@ -240,13 +240,12 @@ def _layerwise(layout: Layout, signs: Tensor, count: int) -> Tensor:
     several, each by its sign, which another step draws anew.
 
     signs: [layers]."""
+    elements = [sum(list(layout.numel.values())[row::count]) for row in range(count)]
+    lengths = [min(LONGEST, round((layout.size / n) ** 0.5)) for n in elements]
     z = torch.zeros(count, layout.size, dtype=torch.int8, device=signs.device)
     parts = layout.split(z)
     for number, name in enumerate(layout.numel):
-        parts[name][number % count] = signs[number]
-    moved = z.abs().sum(1, dtype=torch.int64).tolist()  # elements
-    for row, elements in zip(z, moved, strict=True):
-        row *= min(LONGEST, round((layout.size / elements) ** 0.5))
+        parts[name][number % count] = signs[number] * lengths[number % count]
     return z
 
 
