@@ -261,6 +261,7 @@ def test_damaged_styles_are_refused(studio, tmp_path):
         ("narrow", {"weights": journal.tensors["weights"][1:].clone()}),
         ("cut", {"weights": journal.tensors["weights"][:-1].clone()}),
         ("short", journal.tensors | {"whole": journal.tensors["whole"][1:].clone()}),
+        ("negative", journal.tensors | {"whole": -journal.tensors["whole"]}),
         ("no number", journal.tensors | {"whole": journal.tensors["whole"].float() + 0.5}),
         ("more", journal.tensors | {"clip": journal.tensors["weights"].clone()}),
         ("empty", {"weights": journal.tensors["weights"][:0]}),

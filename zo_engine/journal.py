@@ -74,6 +74,7 @@ class Move(Record):
     tried: tuple[float, ...] = ()  # losses of a fresh batch: standing still, then with every move
     errors: tuple[float, ...] = ()  # of each of these against standing still, standard errors
     made: int = 0  # which of `tried`
+    # Again what makes the step:
     whole: int = 0  # one direction in so many moves whole layers; 0, as journals were before: none does
 
     @property

@@ -108,7 +108,7 @@ def journal_tensors(journal: list[Record]) -> dict[str, Tensor]:
     if isinstance(journal[0], Move):
         return {
             "weights": torch.tensor([w for r in journal for w in (*r.weights, math.nan)], dtype=torch.float32),
-            "whole": torch.tensor([r.whole for r in journal], dtype=torch.uint8),
+            "whole": torch.tensor([r.whole for r in journal]),
         }
     nothing = (math.nan,) * 4
     return {
@@ -125,7 +125,7 @@ def journal_records(tensors: dict[str, Tensor]) -> list[Record]:
     unknown = math.nan  # the losses are not packed
     if not all(t.shape[0] for t in tensors.values() if t.ndim):
         raise StyleError("the style's journal is damaged: it has no steps")
-    if "weights" in form and form in ({"weights": 1}, {"weights": 1, "whole": 1}):  # the first from before there were
+    if form in ({"weights": 1}, {"weights": 1, "whole": 1}):  # the first from before there was the second
         flat = tensors["weights"]
         ends = flat.isnan().nonzero().flatten().tolist()
         if not ends or ends[-1] != len(flat) - 1:
@@ -133,7 +133,7 @@ def journal_records(tensors: dict[str, Tensor]) -> list[Record]:
         starts = [0, *(end + 1 for end in ends)]
         rows = [flat[start:end].tolist() for start, end in zip(starts, ends, strict=False)]
         whole = tensors["whole"].tolist() if "whole" in tensors else [0] * len(rows)
-        if len(whole) != len(rows) or not all(type(moved) is int for moved in whole):
+        if len(whole) != len(rows) or not all(type(moved) is int and moved >= 0 for moved in whole):
             raise StyleError("the style's journal is damaged: which directions moved whole layers is not there for all")
         return [
             Move(i, tuple(short(w) for w in row), unknown, unknown, whole=moved)
