@@ -554,12 +554,12 @@ def place(
             f'transport = "{recipe.transport}" is for blocks that stream, and here none do; set offload to "cpu" or '
             '"disk", or memory, or transport to "whole"'
         )
-    if recipe.layers:  # whether they are there is known before the minutes that loading takes
+    if recipe.layers or recipe.memory:
         model = plan.outlined(part, recipe.quantization, work.dtype, recipe.transport)
+    if recipe.layers:  # whether they are there is known before the minutes that loading takes
         named_layers(find_scales(model, formats_of(recipe.quantization, recipe.moves)), recipe.layers)
     if not recipe.memory:
         return recipe, streaming(recipe.offload, part, cache_folder)
-    model = plan.outlined(part, recipe.quantization, work.dtype, recipe.transport)
     memory, tier = budget(recipe, device), recipe.offload
     host = 0  # bytes of blocks that wait in memory, where the others are in files
     if tier == "auto":
