@@ -28,6 +28,7 @@ COST = (
     "depth",
     "layers",
     "columns",
+    "final_norm",
     "directions",
     "optimizer",
     "prior",

@@ -213,8 +213,8 @@ def measure(case: Case, config: dict, device: torch.device, dtype: torch.dtype) 
 
 def newton(model: nn.Module, work: Work, device: torch.device) -> Callable[[], object]:
     """One Gauss-Newton step as training makes it, with passes of as many rows as the planner gives."""
-    found = levels(views := find_scales(model), work.depth)
-    space = GainSpace({name: views[name] for level in found for name in level.layers})
+    space, _ = work.method(model)
+    found = levels(space.views, work.depth)
     parts = [space.layout.part(level.layers) for level in found]
     prefixes = [Prefix(model, level) if level.first else None for level in found]
     batch, outcomes, losses = plan.task(model, work, str(device))

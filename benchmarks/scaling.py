@@ -32,8 +32,7 @@ from zo_engine import plan
 from zo_engine.hub import read_json
 from zo_engine.models import locate
 from zo_engine.recipe import Recipe
-from zo_engine.scales import find_scales
-from zo_engine.style import make_space
+from zo_engine.style import make_space, views_of
 from zo_engine.tasks.diffusion import flow_losses
 
 SIZES = ((64, 6), (128, 6), (192, 3), (192, 6))  # widths and blocks of language models; the last is tiny-llm
@@ -55,7 +54,7 @@ def operations(config: dict, size: tuple[int, int], length: int) -> float:
 
 def moved(config: dict) -> int:
     """Numbers that ours moves by default."""
-    return make_space(find_scales(plan.skeleton(config)), Recipe()).layout.size
+    return make_space(views_of(plan.skeleton(config), Recipe()), Recipe()).layout.size
 
 
 def to_share(ours: Curve, first_order: Curve) -> float | None:

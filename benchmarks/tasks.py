@@ -93,10 +93,12 @@ def task_of(name: str, recipe: Recipe) -> Task:
 
 def damage(model: nn.Module, layers: dict, seed: int, quantization: str) -> Tensor:
     """Multiply the scales of every row of some layers by exp(DAMAGE * a normal number); the logarithms, in the order of
-    the layers' rows, are what gain space calls theta."""
+    the layers' rows, are what gain space calls theta. A final norm, which not everybody tunes, is left whole."""
     views, drawn = find_scales(model, formats_of(quantization)), []
-    for name in layers:
-        view = views[name]
+    for name, layer in layers.items():
+        if not (view := views.get(name)):
+            drawn.append(torch.zeros(layer.out_features))
+            continue
         rng = np.random.default_rng([seed, tensor_id(name)])
         drawn.append(torch.from_numpy(DAMAGE * rng.standard_normal(view.out_features)).float())
         view.put(view.base.view(view.shape) * drawn[-1].exp()[:, None])

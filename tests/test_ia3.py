@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from zo_engine import ia3
 from zo_engine.models import load_language_model
 from zo_engine.probes import GainSpace, GroupSpace
-from zo_engine.scales import find_scales
+from zo_engine.scales import find_scales, formats_of
 from zo_engine.style import StyleError
 from zo_engine.tasks.text import stack
 
@@ -37,7 +37,7 @@ def peft_logits(folder, adapter, given):
 def test_stock_peft_has_the_logits_of_the_style(folder, tmp_path, monkeypatch, columns):
     monkeypatch.setattr(bnb.nn.modules, "has_avx512bf16", lambda: False)
     model = load_language_model(folder)
-    space = GainSpace(find_scales(model), columns=columns)
+    space = GainSpace(find_scales(model, formats_of("nf4", final_norm=True)), columns=columns)
     theta = noise(space.layout.size)
     if columns:  # some layers by their inputs, the others by their outputs
         for number, (name, part) in enumerate(space.layout.split(theta).items()):
@@ -50,26 +50,27 @@ def test_stock_peft_has_the_logits_of_the_style(folder, tmp_path, monkeypatch, c
     given = {"input_ids": batch.tokens, "attention_mask": batch.mask}
     with torch.no_grad(), space.folded(theta):
         expected = model(**given).logits
-    adapter = ia3.save_to(tmp_path / "adapter", space, theta, str(folder))
+    adapter = ia3.save_to(tmp_path / "adapter", model, space, theta, str(folder))
     torch.testing.assert_close(peft_logits(folder, adapter, given), expected, rtol=1e-4, atol=1e-4)
     with torch.no_grad():
         assert not torch.allclose(model(**given).logits, expected, atol=1e-2)
     with pytest.raises(StyleError, match="exists already"):
-        ia3.save_to(tmp_path / "adapter", space, theta, str(folder))
+        ia3.save_to(tmp_path / "adapter", model, space, theta, str(folder))
 
 
 def test_what_has_no_equal_is_refused_by_layer(folder, tmp_path):
     biased = load_language_model(tiny.save_language_model(tmp_path / "opt", "opt"))
     space = GainSpace(find_scales(biased))
     with pytest.raises(StyleError, match=r"24 layers have no equal in IA3: model\.decoder.* \(bias\)"):
-        ia3.vectors(space, noise(space.layout.size))
+        ia3.vectors(biased, space, noise(space.layout.size))
     with pytest.raises(StyleError, match="moves nothing"):
-        ia3.vectors(space, torch.zeros(space.layout.size))
-    views = find_scales(load_language_model(folder))
+        ia3.vectors(biased, space, torch.zeros(space.layout.size))
+    plain = load_language_model(folder)
+    views = find_scales(plain)
     both = GainSpace(views, columns=True)
     with pytest.raises(StyleError, match="rows and columns"):
-        ia3.vectors(both, noise(both.layout.size))
+        ia3.vectors(plain, both, noise(both.layout.size))
     groups = GroupSpace(views)
     with pytest.raises(StyleError, match="has no equal there"):
-        ia3.vectors(groups, noise(groups.layout.size))
+        ia3.vectors(plain, groups, noise(groups.layout.size))
     assert not (tmp_path / "adapter").exists()

@@ -14,7 +14,7 @@ from zo_engine.newton import GaussNewton
 from zo_engine.noise import Layout, directions
 from zo_engine.probes import GainSpace, GroupSpace, central, evaluate
 from zo_engine.quantize import quantized_layers
-from zo_engine.scales import find_scales, prove_live
+from zo_engine.scales import final_norm, find_scales, formats_of, prove_live
 from zo_engine.tasks.diffusion import HELD_OUT, TRAINING
 from zo_engine.tasks.text import (
     CHOICE,
@@ -95,6 +95,34 @@ def test_scales_are_live_and_the_blocks_are_found(folders, kind):
     name = "model.decoder.layers" if kind == "opt" else "model.layers"
     assert [(level.blocks, level.first) for level in (last, before)] == [(name, 3), (name, 2)]
     assert set(last.layers) | set(before.layers) == {n for n in views if n.startswith((f"{name}.2.", f"{name}.3."))}
+
+
+@pytest.mark.parametrize("kind", CLASSES)
+def test_gains_of_the_final_norm_fold_and_all_alike_they_are_a_temperature(folders, kind):
+    model, batch = load_language_model(folders(kind)), stack(some_tokens())
+    views = find_scales(model, formats_of("nf4", final_norm=True))
+    name = final_norm(model)
+    assert list(views) == [*find_scales(model), name] and (kind == "opt") == ("final_layer_norm" in name)
+    prove_live({name: views[name]})
+    space = GainSpace({name: views[name]})
+    assert space.layout.size == model.config.hidden_size
+    shifts = [b for b in (views[name].bias, getattr(model.get_output_embeddings(), "bias", None)) if b is not None]
+    for shift in shifts:  # not scaled, so it has to be nought for a temperature
+        shift.data.zero_()
+    logits = lambda: model(input_ids=batch.tokens, attention_mask=batch.mask).logits  # noqa: E731
+    with torch.no_grad():
+        before, held = logits(), model.get_parameter(f"{name}.weight").clone()
+        with space.folded(torch.full((space.layout.size,), 2.0).log()):
+            torch.testing.assert_close(logits(), 2 * before, rtol=1e-5, atol=1e-6)
+        for shift in shifts:
+            shift.data.normal_(generator=torch.Generator().manual_seed(1))
+        theta = 0.3 * torch.randn(space.layout.size, generator=torch.Generator().manual_seed(2))
+        with space.folded(theta):
+            folded = logits()
+        with space.dressed(theta):
+            torch.testing.assert_close(logits(), folded, rtol=1e-4, atol=1e-5)
+        assert not torch.allclose(folded, before, atol=1e-2)
+        assert torch.equal(model.get_parameter(f"{name}.weight"), held)
 
 
 @pytest.mark.parametrize("kind", ["llama", "opt", "gemma"])

@@ -10,7 +10,7 @@ import torch
 from test_train import go
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from zo_engine import card
+from zo_engine import card, sealed
 from zo_engine import recipe as recipes
 from zo_engine import train as training
 from zo_engine.apply import open_style
@@ -18,8 +18,7 @@ from zo_engine.hub import ModelError, check, check_pipeline, is_language, langua
 from zo_engine.inspection import inspect
 from zo_engine.recipe import Recipe
 from zo_engine.run import Run
-from zo_engine.scales import find_scales
-from zo_engine.style import load_style, make_method, make_space, theta_of
+from zo_engine.style import load_style, make_method, make_space, theta_of, views_of
 from zo_engine.tasks.text import choose, stack, token_features, token_losses
 
 ROWS = [{"text": f"{'fine' if i % 2 else 'dull'} {i}", "label": "good" if i % 2 else "bad"} for i in range(16)]
@@ -88,15 +87,33 @@ def test_resume_equals_uninterrupted_and_the_journal_replays(studio, tmp_path, o
 
 
 def test_layers_by_name_move_alone_and_a_style_of_them_replays(recipe, tmp_path):
-    mine = dataclasses.replace(recipe, layers=("o_proj", "layers.1.mlp"), depth=0.99, steps=3)
+    mine = dataclasses.replace(recipe, layers=("o_proj", "layers.1.mlp", "norm"), depth=0.99, steps=3)
     studio = training.prepare(mine, tmp_path)
     run = go(studio, tmp_path / "run")
     theta, journal = load_style(run.style_file), load_style(run.journal_style_file)
     wanted = {f"layers.{block}.self_attn.o_proj" for block in range(4)}
-    wanted |= {f"layers.1.mlp.{part}_proj" for part in ("gate", "up", "down")}
+    wanted |= {f"layers.1.mlp.{part}_proj" for part in ("gate", "up", "down")} | {"norm"}
     assert {name.removeprefix("model.").removesuffix(".rows") for name in theta.tensors} == wanted
-    found = theta_of(journal, make_space(find_scales(studio.model), journal.recipe), studio.code_hash)
+    found = theta_of(journal, make_space(views_of(studio.model, journal.recipe), journal.recipe), studio.code_hash)
     assert found.any() and torch.equal(found, theta_of(theta, studio.space, studio.code_hash))
+
+
+def test_runs_and_styles_from_before_the_final_norm_was_tuned_stay_what_they_were(recipe, tmp_path):
+    studio = training.prepare(dataclasses.replace(recipe, final_norm=False, steps=3), tmp_path)
+    assert not any("norm" in name for name in studio.space.views)
+    run = go(studio, tmp_path / "run", stop_after=2)
+    known = run.recipe_file.read_text()
+    run.recipe_file.write_text(known.replace("final_norm = false\n", ""))
+    assert run.recipe_file.read_text() != known and run.recipe() == studio.recipe
+    assert recipes.load(run.recipe_file).final_norm  # a new run of the same recipe is of today
+    tensors, metadata = sealed.read(run.style_file)
+    settings = json.loads(metadata["recipe"])
+    del settings["final_norm"], metadata[sealed.DIGEST]
+    sealed.write(tmp_path / "old.safetensors", tensors, metadata | {"recipe": json.dumps(settings)})
+    old = load_style(tmp_path / "old.safetensors")
+    assert not old.recipe.final_norm
+    found = theta_of(old, make_space(views_of(studio.model, old.recipe), old.recipe), studio.code_hash)
+    assert found.any() and torch.equal(found, theta_of(load_style(run.style_file), studio.space, studio.code_hash))
 
 
 def test_the_method_sees_losses_and_features_and_chunks_change_nothing_but_rounding(studio):
@@ -264,7 +281,7 @@ def test_layers_that_are_not_there_are_named_with_those_that_are(qzo, recipe, tm
     file = tmp_path / "recipe.toml"
     file.write_text(recipes.dump(recipe))
     code, out, err = qzo("train", file, "--layers", "up_proj", "--layers", "proj", "--out", tmp_path / "run")
-    sentence = "no quantised layer has 'proj' in its name; they end in down_proj, gate_proj, k_proj, o_proj, "
+    sentence = "no layer that can be tuned has 'proj' in its name; they end in down_proj, gate_proj, k_proj, norm, "
     assert code == 2 and err.splitlines()[-1].startswith(f"qzo: {sentence}") and not (tmp_path / "run").exists()
     assert "loading" not in err
 

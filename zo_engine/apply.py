@@ -15,8 +15,8 @@ from zo_engine import cache, card, evaluation, ia3, models, pictures, templates,
 from zo_engine.hub import is_language
 from zo_engine.probes import Space
 from zo_engine.run import Run
-from zo_engine.scales import find_scales, formats_of, prove_live
-from zo_engine.style import Style, StyleError, checked_strength, load_style, make_space, theta_of
+from zo_engine.scales import prove_live
+from zo_engine.style import Style, StyleError, checked_strength, load_style, make_space, theta_of, views_of
 from zo_engine.tasks.diffusion import sample
 from zo_engine.texts import Message
 from zo_engine.train import Prompt, form, pick_device, pick_dtype, reply, streaming, text_store
@@ -110,7 +110,8 @@ class StyledLanguageModel(Styled):
 
     def export_adapter(self, out: Path, strength: float = 1.0) -> Path:
         """The style alone as a PEFT adapter (IA3), where the two are equal: see `ia3`."""
-        return ia3.save_to(out, self.space, self.theta * checked_strength(strength), self.style.base["model"])
+        theta = self.theta * checked_strength(strength)
+        return ia3.save_to(out, self.model, self.space, theta, self.style.base["model"])
 
 
 def score(
@@ -213,7 +214,7 @@ def open_style(
     placement = streaming(offload, folder if language else folder / "transformer", Path(cache_folder))
     dtype = pick_dtype(recipe.dtype, where)
     base = load(folder, placement=placement, **form(recipe, where, dtype))
-    views = find_scales(base, formats_of(recipe.quantization, recipe.moves))
+    views = views_of(base, recipe)
     space = make_space(views, recipe, models.bring_of(base))
     theta = theta_of(style, space, models.code_hash(base), where)
     prove_live(views)

@@ -7,6 +7,7 @@ calls feed-forward, the input, W (g x). So:
 - row gains of a layer without bias are an IA3 vector over its outputs;
 - row gains of a layer with bias are not, unless they are all 1; neither are gains of groups of inputs beside row gains,
   since a layer has one vector; alone, they are an IA3 vector over its inputs;
+- gains of the norm before the output layer are an IA3 vector over that layer's inputs, if the norm has no bias;
 - a PEFT adapter sits on layers of bitsandbytes, GPTQ or torch.nn.Linear: what kind it can load is PEFT's matter.
 """
 
@@ -14,14 +15,15 @@ import json
 from pathlib import Path
 
 from safetensors.torch import save
-from torch import Tensor
+from torch import Tensor, nn
 
 from zo_engine.probes import GainSpace, Space
 from zo_engine.run import appearing, write_atomic
+from zo_engine.scales import NORM
 from zo_engine.style import StyleError
 
 
-def vectors(space: Space, theta: Tensor) -> tuple[dict[str, Tensor], list[str]]:
+def vectors(model: nn.Module, space: Space, theta: Tensor) -> tuple[dict[str, Tensor], list[str]]:
     """({layer: its IA3 vector}, the layers whose vector is over inputs). Raises StyleError, naming layers, where the
     style has no equal among IA3's."""
     if not isinstance(space, GainSpace):
@@ -37,7 +39,11 @@ def vectors(space: Space, theta: Tensor) -> tuple[dict[str, Tensor], list[str]]:
         elif rows.any():
             if view.bias is not None:
                 without.append(f"{name} (bias)")
-            found[name] = rows.exp()[:, None]
+            if view.format is NORM:
+                head = model.get_output_embeddings()
+                name = next(n for n, module in model.named_modules() if module is head)
+                inputs.append(name)
+            found[name] = rows.exp()[None] if view.format is NORM else rows.exp()[:, None]
     if without:
         listed = ", ".join(without[:3]) + (", ..." if len(without) > 3 else "")
         raise StyleError(
@@ -67,10 +73,10 @@ def save_adapter(folder: Path, found: dict[str, Tensor], inputs: list[str], base
     write_atomic(folder / "adapter_config.json", json.dumps(config, indent=2) + "\n")
 
 
-def save_to(out: Path, space: Space, theta: Tensor, base: str) -> Path:
+def save_to(out: Path, model: nn.Module, space: Space, theta: Tensor, base: str) -> Path:
     """A folder that `peft.PeftModel.from_pretrained(model, out)` loads onto the same quantised base. Raises StyleError
     where `out` exists, or the style has no equal (`vectors`)."""
-    found, inputs = vectors(space, theta)
+    found, inputs = vectors(model, space, theta)
     out = Path(out)
     if out.exists():
         raise StyleError(f"{out} exists already; remove it, or choose another name")

@@ -51,9 +51,10 @@ from zo_engine.hub import (
 )
 from zo_engine.narrow import widened
 from zo_engine.offload import Mover, block_names, end_names
-from zo_engine.packed import PackedLinear, saved_scales, write_scales
+from zo_engine.packed import DTYPES, PackedLinear, saved_scales, write_scales
 from zo_engine.quantize import (
     READ,
+    Checkpoint,
     code_hash,
     load_quantized,
     quantization_of,
@@ -61,6 +62,7 @@ from zo_engine.quantize import (
     store_quantized,
 )
 from zo_engine.run import appearing
+from zo_engine.scales import final_norm
 from zo_engine.tokens import load_tokenizer
 
 __all__ = [
@@ -330,16 +332,23 @@ def export_language_model(base: Path, model: PreTrainedModel, out: Path, finish:
             if file.is_file() and any(fnmatch(file.name, wish) for wish in LANGUAGE_FILES):
                 shutil.copyfile(file, work / file.name)
         if quantization_of(model) in READ:
-            _copy_with_scales(Path(base), model, work)
+            stored = _copy_with_scales(Path(base), model, work)
         else:
+            stored = {}
             model.save_pretrained(work, max_shard_size="1TB")  # its config.json takes the place of the base's
-        _prove_equal(model, partial(load_language_model, work))
+        _prove_equal(model, partial(load_language_model, work), stored)
         finish(work)
     return Path(out)
 
 
-def _copy_with_scales(base: Path, model: nn.Module, work: Path) -> None:
-    scales = saved_scales(quantized_layers(model))
+def _copy_with_scales(base: Path, model: nn.Module, work: Path) -> dict[str, torch.dtype]:
+    """The files of `base` with the scales and the final norm of the model; gives the dtype that the norm has there."""
+    scales, stored = saved_scales(quantized_layers(model)), {}
+    if norm := final_norm(model):
+        name = f"{norm}.weight"
+        scales[name] = model.get_parameter(name)
+        with Checkpoint(base) as checkpoint:
+            stored[name] = DTYPES[checkpoint.dtype(name)]
     for file in (base / name for name in weight_files(base)):
         copy = work / stock_name(file.name)
         shutil.copyfile(file, copy)
@@ -356,6 +365,7 @@ def _copy_with_scales(base: Path, model: nn.Module, work: Path) -> None:
         config["quantization_config"]["linear_weights_not_to_quantize"] = list(dict.fromkeys([*dense, *bare]))
     if dense or config != before:
         (work / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    return stored
 
 
 @contextmanager
@@ -386,9 +396,13 @@ def _link(source: Path, target: Path) -> None:
         shutil.copyfile(source, target)
 
 
-def _prove_equal(model: nn.Module, load: Callable[..., nn.Module]) -> None:
+def _prove_equal(
+    model: nn.Module, load: Callable[..., nn.Module], stored: dict[str, torch.dtype] | None = None
+) -> None:
+    """stored: of tensors that were rounded to another dtype, that dtype."""
     again = load(quantization=quantization_of(model), dtype=model.dtype).state_dict()
     state = model.state_dict()
+    state |= {name: state[name].to(dtype).to(model.dtype) for name, dtype in (stored or {}).items()}
     for name, layer in quantized_layers(model).items():
         if isinstance(layer, PackedLinear):
             state[f"{name}.scales"] = layer.scales.to(layer.stored).float()

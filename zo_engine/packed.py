@@ -273,7 +273,8 @@ def saved_scales(layers: dict[str, PackedLinear]) -> dict[str, Tensor]:
 def write_scales(file: Path, scales: dict[str, Tensor]) -> None:
     """Overwrite tensors of a safetensors file where they lie: no other byte of the file changes.
 
-    scales: of `saved_scales`, those that the file has; they are rounded to its dtype.
+    scales: those of them that the file has; they are rounded to its dtype, and stay as they are where what is in the
+    file is the same in the scales' own.
     Raises ModelError where a number is too large for that.
     """
     with file.open("r+b") as stream:
@@ -281,7 +282,11 @@ def write_scales(file: Path, scales: dict[str, Tensor]) -> None:
         header = json.loads(stream.read(length))
         for name in scales.keys() & header.keys():
             start, stop = header[name]["data_offsets"]
-            values = scales[name].to("cpu", DTYPES[header[name]["dtype"]]).contiguous().flatten()
+            kind, scale = DTYPES[header[name]["dtype"]], scales[name].detach().cpu().contiguous().flatten()
+            stream.seek(8 + length + start)
+            if torch.equal(torch.frombuffer(bytearray(stream.read(stop - start)), dtype=kind).to(scale.dtype), scale):
+                continue
+            values = scale.to(kind)
             if not values.isfinite().all():
                 raise ModelError(f"a number of {name} is too large for the {header[name]['dtype']} that it is saved in")
             data = values.view(torch.uint8).numpy().tobytes()

@@ -41,8 +41,7 @@ from zo_engine.offload import ALIGNED, Block, block_names, end_names, piece_rows
 from zo_engine.probes import Probes, Space, evaluate
 from zo_engine.quantize import READ, outline, quantization_of
 from zo_engine.recipe import DIRECTIONS, DOUBLINGS, Recipe, directions_at
-from zo_engine.scales import find_scales, formats_of
-from zo_engine.style import make_method, make_space
+from zo_engine.style import make_method, make_space, views_of
 from zo_engine.tasks.diffusion import Batch as Pictures
 from zo_engine.tasks.diffusion import flow_errors
 from zo_engine.tasks.text import Batch as Texts
@@ -230,6 +229,7 @@ class Work:
     columns: bool = False
     noise: str = "rademacher"
     layers: tuple[str, ...] = ()
+    final_norm: bool = True
 
     @classmethod
     def of(cls, recipe: Recipe, length: int, size: tuple[int, int] | None, dtype: torch.dtype) -> "Work":
@@ -237,7 +237,7 @@ class Work:
         count = recipe.directions
         if recipe.optimizer == "gauss-newton":
             count = directions_at(count or DIRECTIONS, recipe.steps - 1)
-        how = recipe.space, recipe.optimizer, recipe.columns, recipe.noise, recipe.layers
+        how = recipe.space, recipe.optimizer, recipe.columns, recipe.noise, recipe.layers, recipe.final_norm
         return cls(recipe.batch_size, length, size, recipe.depth, count, dtype, *how)
 
     def method(self, model: nn.Module, device: str = "meta", streams: bool = False) -> tuple[Space, GaussNewton | ZO]:
@@ -247,10 +247,11 @@ class Work:
             count = count or DIRECTIONS << DOUBLINGS
         recipe = Recipe(
             batch_size=self.batch, depth=self.depth, directions=count, space=self.space, optimizer=self.optimizer,
-            columns=self.columns, noise=self.noise, layers=self.layers,
+            columns=self.columns, noise=self.noise, layers=self.layers, final_norm=self.final_norm,
+            quantization=quantization_of(model),
         )  # fmt: skip
         bring = (bring_of(model) or Tensor.clone) if streams else None
-        space = make_space(find_scales(model, formats_of(quantization_of(model))), recipe, bring)
+        space = make_space(views_of(model, recipe), recipe, bring)
         return space, make_method(space, recipe, device)  # without data, home is no other place
 
     def tokens(self, model: nn.Module) -> int:

@@ -32,11 +32,8 @@ def last_doubling(steps: int) -> int:
     return GROWTH * min(max(0, steps - 1) // GROWTH, DOUBLINGS)
 
 
+BEFORE = {"final_norm": False}  # what runs and styles did that are from before there was such a setting
 PRIVATE = ("images", "texts", "device", "memory", "offload")  # where things lie on this machine
-TEXT_FIELDS = (
-    *("texts", "text_columns", "skip_bad", "length", "completions_only"),
-    *("task", "reward", "answer_tokens", "temperature"),
-)
 
 
 class RecipeError(ValueError):
@@ -84,6 +81,8 @@ class Recipe:
     layers: tuple[str, ...] = setting((), "layers that are tuned, by parts of their names, such as o_proj, attn or "
                                       "transformer_blocks.12; empty: all of that depth")  # fmt: skip
     columns: bool = setting(False, "gain space: one gain per group of inputs as well")
+    final_norm: bool = setting(True, "language models, gain space: gains of the norm before the output layer as well, "
+                               "which say how sure an answer is")  # fmt: skip
     directions: int = setting(0, "gauss-newton: directions per level, at first; else per picture in gain space, "
                               "or per step; 0: left to the method", low=0)  # fmt: skip
     noise: str = setting("rademacher", "kind of direction", choices=("rademacher", "gaussian"))
@@ -218,8 +217,9 @@ def make(values: dict[str, Any], source: str = "the recipe") -> Recipe:
     return Recipe(**values)
 
 
-def load(path: Path) -> Recipe:
-    """Read a TOML recipe; `images`, a `texts` file and a `model` folder are meant from there. Raises RecipeError."""
+def load(path: Path, run: bool = False) -> Recipe:
+    """Read a TOML recipe; `images`, a `texts` file and a `model` folder are meant from there. run: it is of a run,
+    which has every setting that there was (`BEFORE`). Raises RecipeError."""
     path = Path(path)
     if path.exists() and not path.is_file() and not path.is_dir():  # opening a pipe would wait for ever
         raise RecipeError(f"{path} cannot be read as a recipe: it is not a regular file")
@@ -236,7 +236,7 @@ def load(path: Path) -> Recipe:
         raise RecipeError(f"{path} is not valid TOML: {error}") from None
     except RecursionError:
         raise RecipeError(f"{path} is not valid TOML: it is nested too deeply") from None
-    recipe = make(values, str(path))
+    recipe = make(BEFORE | values if run else values, str(path))
     return dataclasses.replace(
         recipe,
         images=_beside(path, recipe.images),

@@ -35,6 +35,7 @@ class Format:
     signed: bool = False  # whether a scale may be negative
     shared: bool = False  # numbers of the whole layer, not of its rows: no gain of a row folds into them
     wide: Callable[[nn.Module, Tensor], Tensor] = lambda m, t: t  # the numbers that a live tensor stands for
+    added: Callable[[nn.Module], float] = lambda m: 0.0  # to those, before the layer computes with them
 
 
 def _is_4bit(quant_type: str) -> Callable[[nn.Module], bool]:
@@ -57,6 +58,16 @@ def _put_scb(module: nn.Module, scale: Tensor) -> None:
 
 def _put_weight(module: nn.Module, scale: Tensor) -> None:
     module.weight.data = scale.view(module.weight.shape)
+
+
+@torch.no_grad()
+def _added(norm: nn.Module) -> float:
+    """1 for a norm that keeps its numbers less one, as Gemma's do, else 0: what it makes of ones with zeros there."""
+    if norm.weight.is_meta:
+        return 0.0
+    zeros = {name: torch.zeros_like(tensor) for name, tensor in norm.named_parameters()}
+    one = torch.linspace(1, 2, len(norm.weight), device=norm.weight.device, dtype=norm.weight.dtype)[None]
+    return float(torch.func.functional_call(norm, zeros, one).any())
 
 
 def _put_scales(module: nn.Module, scale: Tensor) -> None:
@@ -130,15 +141,27 @@ FORMATS = (
         wide=lambda m, t: m.wide(t) if isinstance(m, NarrowLinear) else t,
     ),
 )
+# The norm before a language model's output layer (`final_norm`): one number a feature, as of a diagonal matrix.
+NORM = Format(
+    "norm",
+    lambda m: "Norm" in type(m).__name__ and getattr(m, "weight", None) is not None and m.weight.ndim == 1,
+    get=lambda m: m.weight.data,
+    put=_put_weight,
+    shape=lambda m: (len(m.weight), len(m.weight)),
+    block=lambda m: len(m.weight),
+    signed=True,
+    added=_added,
+)
 QUANTISED = tuple(f.name for f in FORMATS if f.name not in ("dense", "codebooks"))
 
 
-def formats_of(quantization: str, moves: str = "scales") -> tuple[str, ...]:
+def formats_of(quantization: str, moves: str = "scales", final_norm: bool = False) -> tuple[str, ...]:
     """The formats in which a model that is loaded in a `quantization` keeps what is tuned. The dense layers of a
-    quantised model are not."""
+    quantised model are not; the norm before its output layer is, with `final_norm`."""
     if moves == "codebooks":
         return ("codebooks",)
-    return ("dense",) if quantization == "none" else QUANTISED
+    plain = ("dense",) if quantization == "none" else QUANTISED
+    return (*plain, NORM.name) if final_norm else plain
 
 
 class ScaleView:
@@ -148,7 +171,7 @@ class ScaleView:
         self.name, self.module, self.format = name, module, format
         self.out_features, self.in_features = format.shape(module)
         self.block, self.column = format.block(module), format.column(module)
-        self.base = format.get(module)
+        self.base, self.added = format.get(module), format.added(module)
         if format.name in ("nf4", "fp4") and module.weight.quant_state.nested:
             raise ScaleError(f"{name}: scales are still double-quantised; load the model through zo_engine.models")
         if self.column is None and self.rowwise and self.groups * self.block != self.in_features:
@@ -185,8 +208,10 @@ class ScaleView:
         return self.format.get(self.module)
 
     def numbers(self, tensor: Tensor) -> Tensor:
-        """What a live tensor stands for: itself, but for weights that wait in fewer bits (`narrow`)."""
-        return self.format.wide(self.module, tensor)
+        """What a live tensor stands for: itself, but for weights that wait in fewer bits (`narrow`), and norms that
+        keep their numbers less one."""
+        wide = self.format.wide(self.module, tensor)
+        return wide.float() + self.added if self.added else wide
 
     @property
     def dtype(self) -> torch.dtype:
@@ -202,7 +227,7 @@ class ScaleView:
         The new tensor is contiguous and has `dtype`: bitsandbytes misreads anything else in silence. It goes where the
         layer's scale is now: a streamed layer is on the device only while it computes.
         """
-        scale = scale.to(self.live.device, self.dtype)
+        scale = (scale - self.added if self.added else scale).to(self.live.device, self.dtype)
         self.format.put(self.module, scale.contiguous().view(self.base.shape))
 
     def restore(self) -> None:
@@ -210,9 +235,20 @@ class ScaleView:
         self.format.put(self.module, self.base)
 
 
+def final_norm(model: nn.Module) -> str:
+    """The name of the norm before a language model's output layer: the last one outside of its blocks; "" where there
+    is none. All its numbers alike are a temperature, which the layers inside of blocks can only imitate."""
+    if not getattr(model, "get_output_embeddings", lambda: None)():
+        return ""
+    lists = [f"{name}." for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
+    outside = ((n, m) for n, m in model.named_modules() if not n.startswith(tuple(lists)))
+    return next((name for name, module in reversed(list(outside)) if NORM.matches(module)), "")
+
+
 def find_scales(model: nn.Module, formats: tuple[str, ...] = QUANTISED) -> dict[str, ScaleView]:
     """Every layer of `model` whose scale we know how to reach, by name, in the model's own order. Not a plain layer
-    whose weight is another's too: an output layer that is the embedding would move what the model reads.
+    whose weight is another's too: an output layer that is the embedding would move what the model reads. A final norm
+    comes last, wherever the model has it.
 
     Raises ScaleError when there is none, naming the kinds of layers that were seen.
     """
@@ -223,6 +259,8 @@ def find_scales(model: nn.Module, formats: tuple[str, ...] = QUANTISED) -> dict[
         found = next((f for f in table if f.matches(module)), None)
         if found is not None and (found.name != "dense" or uses[id(module.weight)] == 1):
             views[name] = ScaleView(name, module, found)
+    if views and NORM.name in formats and (name := final_norm(model)):
+        views[name] = ScaleView(name, model.get_submodule(name), NORM)
     if not views:
         weighted = [m for m in model.modules() if any(hasattr(m, name) for name in ("weight", "qweight", "scales"))]
         seen = sorted({type(m).__name__ for m in weighted})

@@ -13,15 +13,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from zo_engine import sealed
 from zo_engine.blocks import levels
 from zo_engine.journal import Move, Record, Step, short
 from zo_engine.newton import GaussNewton
 from zo_engine.probes import GainSpace, GroupSpace, Space
-from zo_engine.recipe import DIRECTIONS, Recipe, RecipeError, make
-from zo_engine.scales import ScaleView
+from zo_engine.recipe import BEFORE, DIRECTIONS, Recipe, RecipeError, make
+from zo_engine.scales import ScaleView, find_scales, formats_of
 from zo_engine.zo import ZO
 
 FORMAT = "qzo-style-2"  # 1 had no checksum, and is read as well
@@ -40,6 +40,12 @@ class Style:
     recipe: Recipe
     base: dict[str, str]  # model, code_hash, ...
     facts: dict[str, str]  # trigger, pictures, step, held_out, licence
+
+
+def views_of(model: nn.Module, recipe: Recipe) -> dict[str, ScaleView]:
+    """The scales of a model that a recipe could tune."""
+    final_norm = recipe.final_norm and recipe.space == "gain"
+    return find_scales(model, formats_of(recipe.quantization, recipe.moves, final_norm))
 
 
 def make_space(views: dict[str, ScaleView], recipe: Recipe, bring: Callable[[Tensor], Tensor] | None = None) -> Space:
@@ -61,7 +67,7 @@ def named_layers(views: dict[str, ScaleView], wanted: Sequence[str]) -> dict[str
     held = {part: [name for name in views if f".{part}." in f".{name}."] for part in wanted}
     if nothing := [part for part, names in held.items() if not names]:
         ends = sorted({re.sub(r"^.*\.(?=\D)", "", name) for name in views})
-        raise RecipeError(f"no quantised layer has {nothing[0]!r} in its name; they end in {', '.join(ends)}")
+        raise RecipeError(f"no layer that can be tuned has {nothing[0]!r} in its name; they end in {', '.join(ends)}")
     found = {name for names in held.values() for name in names}
     return {name: view for name, view in views.items() if name in found}
 
@@ -185,7 +191,8 @@ def load_style(path: Path) -> Style:
         raise StyleError(f"{path} is damaged: its checksum is gone")
     known = {"format", "form", "recipe", "base", sealed.DIGEST}
     try:
-        recipe, base, form = make(_object(metadata["recipe"]), str(path)), _object(metadata["base"]), metadata["form"]
+        recipe = make(BEFORE | _object(metadata["recipe"]), str(path))
+        base, form = _object(metadata["base"]), metadata["form"]
     except (KeyError, ValueError, RecursionError, TypeError) as error:
         raise StyleError(f"{path} is damaged: its description cannot be read ({error})") from None
     if form not in ("theta", "journal"):

@@ -44,8 +44,17 @@ from zo_engine.newton import GaussNewton
 from zo_engine.probes import Probes, Space, evaluate
 from zo_engine.recipe import Recipe, RecipeError, budgeted, last_doubling, named
 from zo_engine.run import Run, write_atomic
-from zo_engine.scales import ScaleView, find_scales, formats_of, prove_live
-from zo_engine.style import Style, journal_tensors, make_method, make_space, named_layers, save_style, theta_tensors
+from zo_engine.scales import ScaleView, prove_live
+from zo_engine.style import (
+    Style,
+    journal_tensors,
+    make_method,
+    make_space,
+    named_layers,
+    save_style,
+    theta_tensors,
+    views_of,
+)
 from zo_engine.tasks.diffusion import SEARCH, TRAINING, Diffusion, Example, answers, sample
 from zo_engine.tasks.reward import Prompt as Request
 from zo_engine.tasks.reward import Rewarded
@@ -232,7 +241,7 @@ class Studio:
     def changed(self, **settings) -> "Studio":
         """The same model and examples under other settings of the method."""
         recipe = dataclasses.replace(self.recipe, **settings)
-        views = find_scales(self.model, formats_of(recipe.quantization, recipe.moves))
+        views = views_of(self.model, recipe)
         return dataclasses.replace(self, recipe=recipe, space=make_space(views, recipe, models.bring_of(self.model)))
 
 
@@ -557,7 +566,7 @@ def place(
     if recipe.layers or recipe.memory:
         model = plan.outlined(part, recipe.quantization, work.dtype, recipe.transport)
     if recipe.layers:  # whether they are there is known before the minutes that loading takes
-        named_layers(find_scales(model, formats_of(recipe.quantization, recipe.moves)), recipe.layers)
+        named_layers(views_of(model, recipe), recipe.layers)
     if not recipe.memory:
         return recipe, streaming(recipe.offload, part, cache_folder)
     memory, tier = budget(recipe, device), recipe.offload
@@ -607,7 +616,7 @@ def free(device: torch.device) -> int:
 
 def tuned(model: torch.nn.Module, recipe: Recipe, notes: list[str]) -> Space:
     """The space that the recipe tunes of a model, proved to be live; what cannot be tuned is added to the notes."""
-    views = find_scales(model, formats_of(recipe.quantization, recipe.moves))
+    views = views_of(model, recipe)
     prove_finite(model, views)
     prove_live(views)
     space = make_space(views, recipe, models.bring_of(model))
