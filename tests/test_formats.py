@@ -469,6 +469,30 @@ def test_an_export_is_the_original_but_for_its_scales(folder, tmp_path, name):
     assert header(source) == header(out)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ["gptq", "2x8"])
+def test_an_export_has_the_final_norm_if_it_moved_and_leaves_its_bytes_if_not(folder, tmp_path, name, dtype):
+    source = folder(name)
+    before = load_file(source / "model.safetensors")["model.norm.weight"]
+    source = Path(shutil.copytree(source, tmp_path / "in"))
+    tensors = load_file(source / "model.safetensors")
+    tensors["model.norm.weight"] = torch.linspace(0.7, 1.3, len(before)).to(before.dtype)  # not whole in bf16
+    save_file(tensors, source / "model.safetensors", {"format": "pt"})
+    model = load_language_model(source, quantization=PACKED[name], dtype=dtype)
+    assert before.dtype == torch.float16 and model.model.norm.weight.dtype == dtype
+    still = export_language_model(source, model, tmp_path / "still")
+    assert (still / "model.safetensors").read_bytes() == (source / "model.safetensors").read_bytes()
+    view = find_scales(model, formats_of(PACKED[name], final_norm=True))["model.norm"]
+    view.put(view.base * torch.linspace(0.5, 2, len(before)))
+    moved = export_language_model(source, model, tmp_path / "moved")
+    after = load_file(moved / "model.safetensors")
+    assert [n for n in after if not torch.equal(after[n], tensors[n])] == ["model.norm.weight"]
+    view.put(view.live.half())  # as it was rounded for the file
+    assert torch.equal(after["model.norm.weight"].to(dtype), view.live)
+    again = load_language_model(moved, quantization=PACKED[name], dtype=dtype)
+    assert torch.equal(logits(again), logits(model))
+
+
 def test_shards_are_written_one_by_one(folder, tmp_path):
     source = Path(shutil.copytree(folder("gptq"), tmp_path / "in"))
     tensors = load_file(source / "model.safetensors")

@@ -178,6 +178,8 @@ def text(
     trained = known.facts.get("step", "0")
     unit = "texts" if known.answers else "pictures"
     moved = "quantisation scales of the model" if known.recipe["quantization"] != "none" else "weights of its layers"
+    if known.answers and known.recipe.get("final_norm") and known.recipe["space"] == "gain":
+        moved += ", and the norm before its output layer,"
     snippet = language_snippet(name, known) if known.answers else folder_snippet(name, known, text_length(folder))
     held = f"{known.facts.get('held_out_at_start') or '?'} before, {known.facts.get('held_out') or '?'} after"
     return f"""---

@@ -323,9 +323,9 @@ def export(base: Path, transformer: diffusers.ModelMixin, out: Path, finish: Fin
 def export_language_model(base: Path, model: PreTrainedModel, out: Path, finish: Finish = lambda work: None) -> Path:
     """Write a complete folder to `out`: this model, quantised as it is, and the tokenizer and licence from `base`.
 
-    Plain transformers loads it. Of GPTQ and AQLM it is a copy of `base` with other scales, rounded to the dtype that
-    they have there (fp16: by 0.05 % at most). As with `export`, the folder appears once it has been loaded again, found
-    equal and finished, and raises the same.
+    Plain transformers loads it. Of GPTQ and AQLM it is a copy of `base` with other scales, and another final norm if
+    that moved, rounded to the dtype that they have there (fp16: by 0.05 % at most). As with `export`, the folder
+    appears once it has been loaded again, found equal and finished, and raises the same.
     """
     with _appearing(Path(out)) as work, widened(model):
         for file in Path(base).iterdir():

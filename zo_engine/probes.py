@@ -2,9 +2,10 @@
 
 Row r of the stacked batch is evaluated at `theta + eps * sign[r] * z[direction[r]]`. Two spaces say what theta is:
 
-* GainSpace: one log-gain per output row (and per input group) of each quantised layer. A gain acts on activations,
-  `y = exp(row) * (W (exp(col) * x)) + b`, so every row of the batch can carry a direction of its own at the price of
-  one fused multiply, and it folds back into the scales exactly: `s = s0 * exp(row[r] + col[g])`.
+* GainSpace: one log-gain per output row (and per input group) of each quantised layer, and per feature of a language
+  model's final norm. A gain acts on activations, `y = exp(row) * (W (exp(col) * x)) + b`, so every row of the batch
+  can carry a direction of its own at the price of one fused multiply, and it folds back into the scales exactly:
+  `s = s0 * exp(row[r] + col[g])`.
 * GroupSpace: one theta per quantisation group, the space of QZO (Shang et al., arXiv:2505.13430). Relative form
   `s = s0 * exp(theta)`, or the paper's absolute form `s = max(s0 + theta, 0)`. Each slice of the batch that shares a
   probe runs with its own scales.
