@@ -29,6 +29,7 @@ COST = (
     "layers",
     "columns",
     "final_norm",
+    "reward",
     "directions",
     "optimizer",
     "prior",

@@ -52,6 +52,17 @@ def test_a_depth_is_a_share_of_the_blocks_in_two_levels(depth, starts):
     ]
 
 
+@pytest.mark.parametrize(
+    "norm", ["model.norm", "model.decoder.final_layer_norm", "model.final_layernorm", "model.ln_f"]
+)
+@pytest.mark.parametrize("head", [[], ["lm_head"]])
+def test_a_final_norm_is_a_level_of_its_own_with_few_directions(norm, head):
+    found = levels([*LLAMA, *head, norm], 0.34)
+    after = [Level(("lm_head",), "model.layers", 8)] if head else []
+    assert found[:-2] == [*after, Level((norm,), "model.layers", 8, THIN)]
+    assert found[-2:] == levels(LLAMA, 0.34) and found[-3].share(96) == 8
+
+
 @pytest.mark.parametrize(("names", "depth"), [(["model.embed", *LLAMA], 1.0), (["up", "down.inner"], 0.1)])
 def test_all_layers_are_one_level_at_depth_one_and_where_there_are_no_blocks(names, depth):
     assert levels(names, depth) == [Level(tuple(names))]

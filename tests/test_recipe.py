@@ -240,6 +240,7 @@ def test_a_reward_in_a_file_is_meant_from_beside_the_recipe_and_leaves_the_machi
     (tmp_path / "mine.py").write_text("")
     found = load(written('texts = "org/name"\nreward = "mine.py:f"'))
     assert found.reward == f"{tmp_path / 'mine.py'}:f" and found.public()["reward"] == ""
+    assert found.public()["final_norm"] == "tuned"  # as it was, though the style does not say any more why
     bundled = load(written('texts = "org/name"\nreward = "json:a"'))
     assert bundled.reward == bundled.public()["reward"] == "json:a"
 
@@ -248,7 +249,7 @@ def test_a_reward_in_a_file_is_meant_from_beside_the_recipe_and_leaves_the_machi
     ("text", "says"),
     [
         ('images = "x"\ntask = "sst2"', "the recipe has images"),
-        ('reward = "json"', "give `texts` with the prompts"),
+        ('images = "x"\nreward = "json"', "give `texts` with the prompts"),
         ('texts = "a/b"\ntask = "sst2"\nreward = "json"', "without a task"),
     ],
 )

@@ -183,6 +183,16 @@ def test_slopes_of_the_reward_itself_make_steps(studio, tmp_path):
     assert len(run.journal()) == 4 and any(r.slopes != (0.0,) * len(r.slopes) for r in run.journal())
 
 
+def test_a_style_of_a_bundled_reward_is_applied_and_exported(qzo, recipe, tmp_path):
+    file = tmp_path / "recipe.toml"
+    file.write_text(recipes.dump(dataclasses.replace(recipe, reward="length:20", steps=1)))
+    assert qzo("train", file, "--out", tmp_path / "run")[0] == 0
+    style = load_style(tmp_path / "run" / "style.safetensors")
+    assert style.recipe.reward == "length:20" and not style.recipe.texts and "model.norm.rows" in style.tensors
+    assert qzo("apply", tmp_path / "run", "say 1")[0] == 0
+    assert qzo("export", tmp_path / "run", tmp_path / "out")[0] == 0
+
+
 def test_a_style_names_no_code_and_the_command_line_says_what_it_runs(qzo, studio, recipe, own, tmp_path):
     file = tmp_path / "own" / "recipe.toml"
     file.parent.mkdir()
@@ -194,7 +204,7 @@ def test_a_style_names_no_code_and_the_command_line_says_what_it_runs(qzo, studi
     assert f"running the code of {file.parent / 'mine.py'}:capitals" in err
     assert load_style(run / "style.safetensors").recipe.reward == ""
     assert "mine.py" not in (run / "style.safetensors").read_bytes().decode("latin-1")
-    assert qzo("resume", run)[0] == 0
+    assert qzo("resume", run)[0] == 0 and qzo("apply", run, "say 1")[0] == 0
     code, out, err = qzo("train", file, "--reward", "mine.py:nothing", "--out", tmp_path / "bad")
     assert code == 2 and "there is no file 'mine.py'" in err
     code, out, err = qzo("train", file, "--reward", f"{own}:broken", "--out", tmp_path / "bad")

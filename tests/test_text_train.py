@@ -87,7 +87,8 @@ def test_resume_equals_uninterrupted_and_the_journal_replays(studio, tmp_path, o
 
 
 def test_layers_by_name_move_alone_and_a_style_of_them_replays(recipe, tmp_path):
-    mine = dataclasses.replace(recipe, layers=("o_proj", "layers.1.mlp", "norm"), depth=0.99, steps=3)
+    layers = ("o_proj", "layers.1.mlp", "norm")
+    mine = dataclasses.replace(recipe, layers=layers, depth=0.99, steps=3, final_norm="tuned")
     studio = training.prepare(mine, tmp_path)
     run = go(studio, tmp_path / "run")
     theta, journal = load_style(run.style_file), load_style(run.journal_style_file)
@@ -99,21 +100,23 @@ def test_layers_by_name_move_alone_and_a_style_of_them_replays(recipe, tmp_path)
 
 
 def test_runs_and_styles_from_before_the_final_norm_was_tuned_stay_what_they_were(recipe, tmp_path):
-    studio = training.prepare(dataclasses.replace(recipe, final_norm=False, steps=3), tmp_path)
+    mine = dataclasses.replace(recipe, reward="length:12", steps=3)
+    assert "model.norm" in training.prepare(mine, tmp_path).space.views
+    studio = training.prepare(dataclasses.replace(mine, final_norm="frozen"), tmp_path)
     assert not any("norm" in name for name in studio.space.views)
     run = go(studio, tmp_path / "run", stop_after=2)
     known = run.recipe_file.read_text()
-    run.recipe_file.write_text(known.replace("final_norm = false\n", ""))
+    run.recipe_file.write_text(known.replace('final_norm = "frozen"\n', ""))
     assert run.recipe_file.read_text() != known and run.recipe() == studio.recipe
-    assert recipes.load(run.recipe_file).final_norm  # a new run of the same recipe is of today
+    assert recipes.load(run.recipe_file).tunes_norm  # a new run of the same recipe is of today
     tensors, metadata = sealed.read(run.style_file)
     settings = json.loads(metadata["recipe"])
     del settings["final_norm"], metadata[sealed.DIGEST]
     sealed.write(tmp_path / "old.safetensors", tensors, metadata | {"recipe": json.dumps(settings)})
     old = load_style(tmp_path / "old.safetensors")
-    assert not old.recipe.final_norm
+    assert old.recipe.reward and not old.recipe.tunes_norm
     found = theta_of(old, make_space(views_of(studio.model, old.recipe), old.recipe), studio.code_hash)
-    assert found.any() and torch.equal(found, theta_of(load_style(run.style_file), studio.space, studio.code_hash))
+    assert torch.equal(found, theta_of(load_style(run.style_file), studio.space, studio.code_hash))
 
 
 def test_the_method_sees_losses_and_features_and_chunks_change_nothing_but_rounding(studio):
@@ -281,7 +284,7 @@ def test_layers_that_are_not_there_are_named_with_those_that_are(qzo, recipe, tm
     file = tmp_path / "recipe.toml"
     file.write_text(recipes.dump(recipe))
     code, out, err = qzo("train", file, "--layers", "up_proj", "--layers", "proj", "--out", tmp_path / "run")
-    sentence = "no layer that can be tuned has 'proj' in its name; they end in down_proj, gate_proj, k_proj, norm, "
+    sentence = "no layer that can be tuned has 'proj' in its name; they end in down_proj, gate_proj, k_proj, o_proj, "
     assert code == 2 and err.splitlines()[-1].startswith(f"qzo: {sentence}") and not (tmp_path / "run").exists()
     assert "loading" not in err
 

@@ -17,8 +17,11 @@ import torch
 from torch import Tensor, nn
 
 GROUPS = 2  # levels that the tuned blocks form, beside the layers that follow them
-THIN = 12  # what reads the prompt gets a twelfth of the directions of other levels: its probes run the whole model
+# A twelfth of the directions of other levels has what reads the prompt, since its probes run the whole model, and a
+# language model's final norm, since more of them make it forget more.
+THIN = 12
 READS = re.compile(r"(^|\.)text_embedder\.")  # diffusers' name of what takes in the pooled prompt, before the blocks
+NORM = re.compile(r"(^|\.)(\w*norm|ln_\w+)$")  # after the blocks, and tuned: the final one
 BLOCK = re.compile(r"((?:[^.\d][^.]*\.)+)(\d+)\.")  # "transformer_blocks.4.attn.to_k": a list's name, and a number
 
 
@@ -55,7 +58,8 @@ def levels(layers: Iterable[str], depth: float) -> list[Level]:
     starts = sorted({count - tuned + round(i * tuned / GROUPS) for i in range(GROUPS)})
     after = names[max(i for i, name in enumerate(names) if name in number) + 1 :]
     reading = tuple(name for name in names if READS.search(name) and name not in number)
-    made = [Level(tuple(after), blocks, count)] if after else []
+    norm = tuple(name for name in after if NORM.search(name))
+    made = [Level(tuple(name for name in after if name not in norm), blocks, count), Level(norm, blocks, count, THIN)]
     for start, stop in reversed(list(zip(starts, [*starts[1:], count], strict=True))):
         made.append(Level(tuple(name for name in names if start <= number.get(name, -1) < stop), blocks, start))
     if reading:

@@ -11,6 +11,7 @@ from PIL import Image
 from safetensors import SafetensorError, safe_open
 
 from zo_engine.hub import MODELS, repository, text_length
+from zo_engine.recipe import remembered
 from zo_engine.run import write_atomic
 
 SAMPLES = 4  # pictures on a card
@@ -178,7 +179,7 @@ def text(
     trained = known.facts.get("step", "0")
     unit = "texts" if known.answers else "pictures"
     moved = "quantisation scales of the model" if known.recipe["quantization"] != "none" else "weights of its layers"
-    if known.answers and known.recipe.get("final_norm") and known.recipe["space"] == "gain":
+    if remembered(known.recipe).tunes_norm:
         moved += ", and the norm before its output layer,"
     snippet = language_snippet(name, known) if known.answers else folder_snippet(name, known, text_length(folder))
     held = f"{known.facts.get('held_out_at_start') or '?'} before, {known.facts.get('held_out') or '?'} after"

@@ -229,7 +229,7 @@ class Work:
     columns: bool = False
     noise: str = "rademacher"
     layers: tuple[str, ...] = ()
-    final_norm: bool = True
+    final_norm: bool = False
 
     @classmethod
     def of(cls, recipe: Recipe, length: int, size: tuple[int, int] | None, dtype: torch.dtype) -> "Work":
@@ -237,7 +237,7 @@ class Work:
         count = recipe.directions
         if recipe.optimizer == "gauss-newton":
             count = directions_at(count or DIRECTIONS, recipe.steps - 1)
-        how = recipe.space, recipe.optimizer, recipe.columns, recipe.noise, recipe.layers, recipe.final_norm
+        how = recipe.space, recipe.optimizer, recipe.columns, recipe.noise, recipe.layers, recipe.tunes_norm
         return cls(recipe.batch_size, length, size, recipe.depth, count, dtype, *how)
 
     def method(self, model: nn.Module, device: str = "meta", streams: bool = False) -> tuple[Space, GaussNewton | ZO]:
@@ -247,8 +247,8 @@ class Work:
             count = count or DIRECTIONS << DOUBLINGS
         recipe = Recipe(
             batch_size=self.batch, depth=self.depth, directions=count, space=self.space, optimizer=self.optimizer,
-            columns=self.columns, noise=self.noise, layers=self.layers, final_norm=self.final_norm,
-            quantization=quantization_of(model),
+            columns=self.columns, noise=self.noise, layers=self.layers,
+            final_norm="tuned" if self.final_norm else "frozen", quantization=quantization_of(model),
         )  # fmt: skip
         bring = (bring_of(model) or Tensor.clone) if streams else None
         space = make_space(views_of(model, recipe), recipe, bring)

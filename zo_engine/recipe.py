@@ -8,6 +8,7 @@ import dataclasses
 import difflib
 import math
 import tomllib
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,7 @@ def last_doubling(steps: int) -> int:
     return GROWTH * min(max(0, steps - 1) // GROWTH, DOUBLINGS)
 
 
-BEFORE = {"final_norm": False}  # what runs and styles did that are from before there was such a setting
+BEFORE = {"final_norm": "frozen"}  # what runs and styles did that are from before there was such a setting
 PRIVATE = ("images", "texts", "device", "memory", "offload")  # where things lie on this machine
 
 
@@ -81,8 +82,9 @@ class Recipe:
     layers: tuple[str, ...] = setting((), "layers that are tuned, by parts of their names, such as o_proj, attn or "
                                       "transformer_blocks.12; empty: all of that depth")  # fmt: skip
     columns: bool = setting(False, "gain space: one gain per group of inputs as well")
-    final_norm: bool = setting(True, "language models, gain space: gains of the norm before the output layer as well, "
-                               "which say how sure an answer is")  # fmt: skip
+    final_norm: str = setting("auto", "language models, gain space: the norm before the output layer, which says how "
+                              "sure an answer is; auto: tuned with a reward",
+                              choices=("auto", "tuned", "frozen"))  # fmt: skip
     directions: int = setting(0, "gauss-newton: directions per level, at first; else per picture in gain space, "
                               "or per step; 0: left to the method", low=0)  # fmt: skip
     noise: str = setting("rademacher", "kind of direction", choices=("rademacher", "gaussian"))
@@ -147,7 +149,7 @@ class Recipe:
             )
         if self.images and self.task:
             raise RecipeError(f"task = {self.task!r} is of texts, and the recipe has images; leave one of them out")
-        if self.reward and (self.task or not self.texts):
+        if self.reward and (self.task or self.images):
             raise RecipeError("a reward judges answers to texts, without a task; give `texts` with the prompts")
         for entry in self.text_columns:
             if not all(entry.partition("=")[:2]):
@@ -156,11 +158,19 @@ class Recipe:
                     "one out"
                 )
 
+    @property
+    def tunes_norm(self) -> bool:
+        """Whether a language model's final norm is tuned. A reward asks for sure answers; given texts teach how sure to
+        be by themselves, and with the norm they make a model forget more."""
+        tuned = bool(self.reward) if self.final_norm == "auto" else self.final_norm == "tuned"
+        return tuned and self.space == "gain"
+
     def public(self) -> dict[str, Any]:
         """The settings that may leave the machine: without folders."""
         values = {f.name: _plain(getattr(self, f.name)) for f in fields(self) if f.name not in PRIVATE}
         if is_file(self.reward):
             values["reward"] = ""  # a style names no code
+            values["final_norm"] = "tuned" if self.tunes_norm else "frozen"
         return values | {"model": named(self.model)}
 
 
@@ -217,9 +227,14 @@ def make(values: dict[str, Any], source: str = "the recipe") -> Recipe:
     return Recipe(**values)
 
 
-def load(path: Path, run: bool = False) -> Recipe:
-    """Read a TOML recipe; `images`, a `texts` file and a `model` folder are meant from there. run: it is of a run,
-    which has every setting that there was (`BEFORE`). Raises RecipeError."""
+def remembered(values: dict[str, Any], source: str = "the recipe") -> Recipe:
+    """`make` of what a run or a style has kept: every setting that there was when it was made."""
+    return make(BEFORE | values, source)
+
+
+def load(path: Path, make: Callable[[dict[str, Any], str], Recipe] = make) -> Recipe:
+    """Read a TOML recipe; `images`, a `texts` file and a `model` folder are meant from there. make: or `remembered`,
+    for a run's. Raises RecipeError."""
     path = Path(path)
     if path.exists() and not path.is_file() and not path.is_dir():  # opening a pipe would wait for ever
         raise RecipeError(f"{path} cannot be read as a recipe: it is not a regular file")
@@ -236,7 +251,7 @@ def load(path: Path, run: bool = False) -> Recipe:
         raise RecipeError(f"{path} is not valid TOML: {error}") from None
     except RecursionError:
         raise RecipeError(f"{path} is not valid TOML: it is nested too deeply") from None
-    recipe = make(BEFORE | values if run else values, str(path))
+    recipe = make(values, str(path))
     return dataclasses.replace(
         recipe,
         images=_beside(path, recipe.images),

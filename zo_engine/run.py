@@ -166,7 +166,7 @@ class Run:
         return run
 
     def recipe(self) -> recipes.Recipe:
-        return recipes.load(self.recipe_file, run=True)
+        return recipes.load(self.recipe_file, recipes.remembered)
 
     @contextmanager
     def lock(self) -> Iterator[None]:

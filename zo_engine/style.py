@@ -20,7 +20,7 @@ from zo_engine.blocks import levels
 from zo_engine.journal import Move, Record, Step, short
 from zo_engine.newton import GaussNewton
 from zo_engine.probes import GainSpace, GroupSpace, Space
-from zo_engine.recipe import BEFORE, DIRECTIONS, Recipe, RecipeError, make
+from zo_engine.recipe import DIRECTIONS, Recipe, RecipeError, remembered
 from zo_engine.scales import ScaleView, find_scales, formats_of
 from zo_engine.zo import ZO
 
@@ -44,8 +44,7 @@ class Style:
 
 def views_of(model: nn.Module, recipe: Recipe) -> dict[str, ScaleView]:
     """The scales of a model that a recipe could tune."""
-    final_norm = recipe.final_norm and recipe.space == "gain"
-    return find_scales(model, formats_of(recipe.quantization, recipe.moves, final_norm))
+    return find_scales(model, formats_of(recipe.quantization, recipe.moves, recipe.tunes_norm))
 
 
 def make_space(views: dict[str, ScaleView], recipe: Recipe, bring: Callable[[Tensor], Tensor] | None = None) -> Space:
@@ -191,7 +190,7 @@ def load_style(path: Path) -> Style:
         raise StyleError(f"{path} is damaged: its checksum is gone")
     known = {"format", "form", "recipe", "base", sealed.DIGEST}
     try:
-        recipe = make(BEFORE | _object(metadata["recipe"]), str(path))
+        recipe = remembered(_object(metadata["recipe"]), str(path))
         base, form = _object(metadata["base"]), metadata["form"]
     except (KeyError, ValueError, RecursionError, TypeError) as error:
         raise StyleError(f"{path} is damaged: its description cannot be read ({error})") from None

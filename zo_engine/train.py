@@ -315,6 +315,8 @@ def changes(before: dict[str, list[str]], now: dict[str, list[str]]) -> str:
 def prepare(recipe: Recipe, cache_folder: Path, say: Callable[[str], None] = lambda text: None) -> Studio:
     """Load what the recipe asks for. Raises ValueError (of some kind) for whatever the user can mend."""
     recipe = budgeted(recipe)
+    if recipe.reward and not recipe.texts:
+        raise RecipeError(f"the reward {recipe.reward!r} judges answers; give `texts` with the prompts")
     with device_faults("loading the model"):
         asked = recipe.texts or recipe.task
         return (prepare_texts if asked else prepare_pictures)(recipe, cache_folder, say)
