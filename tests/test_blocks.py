@@ -53,7 +53,7 @@ def test_a_depth_is_a_share_of_the_blocks_in_two_levels(depth, starts):
 
 
 @pytest.mark.parametrize(
-    "norm", ["model.norm", "model.decoder.final_layer_norm", "model.final_layernorm", "model.ln_f"]
+    "norm", ["model.norm", "model.decoder.final_layer_norm", "model.final_layernorm", "model.ln_f", "norm_f"]
 )
 @pytest.mark.parametrize("head", [[], ["lm_head"]])
 def test_a_final_norm_is_a_level_of_its_own_with_few_directions(norm, head):

@@ -70,6 +70,10 @@ def test_what_has_no_equal_is_refused_by_layer(folder, tmp_path):
     both = GainSpace(views, columns=True)
     with pytest.raises(StyleError, match="rows and columns"):
         ia3.vectors(plain, both, noise(both.layout.size))
+    apart = tiny.language_model()
+    norm = GainSpace(find_scales(apart, ("dense", "norm")))
+    with pytest.raises(StyleError, match=r"model\.norm \(as lm_head has gains of its own\)"):
+        ia3.vectors(apart, norm, noise(norm.layout.size))
     groups = GroupSpace(views)
     with pytest.raises(StyleError, match="has no equal there"):
         ia3.vectors(plain, groups, noise(groups.layout.size))

@@ -21,7 +21,7 @@ GROUPS = 2  # levels that the tuned blocks form, beside the layers that follow t
 # language model's final norm, since more of them make it forget more.
 THIN = 12
 READS = re.compile(r"(^|\.)text_embedder\.")  # diffusers' name of what takes in the pooled prompt, before the blocks
-NORM = re.compile(r"(^|\.)(\w*norm|ln_\w+)$")  # after the blocks, and tuned: the final one
+NORM = re.compile(r"(norm|ln_)[^.]*$")  # a layer's name; after the blocks it is the final one
 BLOCK = re.compile(r"((?:[^.\d][^.]*\.)+)(\d+)\.")  # "transformer_blocks.4.attn.to_k": a list's name, and a number
 
 
@@ -40,9 +40,9 @@ class Level:
 
 
 def levels(layers: Iterable[str], depth: float) -> list[Level]:
-    """The levels of a model, from the output inwards: what follows the blocks, the last share `depth` of the blocks,
-    and the layers before them that read the pooled prompt: few numbers, but they can tell the trigger from other words.
-    (The other embedders are left alone: they carry the subject, and moving them blurs it.)
+    """The levels of a model, from the output inwards: what follows the blocks, a final norm by itself, the last share
+    `depth` of the blocks, and the layers before them that read the pooled prompt: few numbers, but they can tell the
+    trigger from other words. (The other embedders are left alone: they carry the subject, and moving them blurs it.)
 
     layers: names in the model's own order. The blocks are the list of modules that holds most of the layers. With depth
     1, or in a model without such a list, all layers form one level.

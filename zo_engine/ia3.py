@@ -39,11 +39,14 @@ def vectors(model: nn.Module, space: Space, theta: Tensor) -> tuple[dict[str, Te
         elif rows.any():
             if view.bias is not None:
                 without.append(f"{name} (bias)")
-            if view.format is NORM:
-                head = model.get_output_embeddings()
-                name = next(n for n, module in model.named_modules() if module is head)
-                inputs.append(name)
-            found[name] = rows.exp()[None] if view.format is NORM else rows.exp()[:, None]
+            if view.format is not NORM:
+                found[name] = rows.exp()[:, None]
+                continue
+            reader = next(n for n, module in model.named_modules() if module is model.get_output_embeddings())
+            if reader in found:
+                without.append(f"{name} (as {reader} has gains of its own)")
+            found[reader] = rows.exp()[None]
+            inputs.append(reader)
     if without:
         listed = ", ".join(without[:3]) + (", ..." if len(without) > 3 else "")
         raise StyleError(
