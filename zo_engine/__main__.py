@@ -181,7 +181,7 @@ def finish(state: str, run: Run, as_json: bool) -> None:
             click.echo(f"{figure} {evaluations[0][figure]:.3f} -> {best[figure]:.3f}")
         if flat := run.status().get("flat", ""):
             click.echo(f"{flat}; more steps would bring little")
-        elif evaluations[-1]["step"]:
+        elif evaluations[-1]["step"] and run.status()["best_held_out"] != 0:  # where every answer is worth one
             click.echo("the held-out loss has not clearly stopped falling: more steps may bring more")
         for title, path in (("previews", run.previews), ("plot", run.plot_file), ("style", run.style_file)):
             click.echo(f"{title:10} {path}")
