@@ -183,6 +183,13 @@ def test_slopes_of_the_reward_itself_make_steps(studio, tmp_path):
     assert len(run.journal()) == 4 and any(r.slopes != (0.0,) * len(r.slopes) for r in run.journal())
 
 
+def test_a_reward_without_texts_is_refused_before_anything_is_loaded(qzo, tmp_path):
+    (tmp_path / "recipe.toml").write_text('model = "tiny-llm"\nreward = "json"')
+    code, out, err = qzo("train", tmp_path / "recipe.toml", "--out", tmp_path / "run")
+    assert code == 2 and err.splitlines()[-1].endswith("give `texts` with the prompts")
+    assert "loading" not in err and not (tmp_path / "run").exists()
+
+
 def test_a_style_of_a_bundled_reward_is_applied_and_exported(qzo, recipe, tmp_path):
     file = tmp_path / "recipe.toml"
     file.write_text(recipes.dump(dataclasses.replace(recipe, reward="length:20", steps=1)))
