@@ -33,6 +33,7 @@ COST = (
     "directions",
     "optimizer",
     "prior",
+    "own_texts",
     "rows",
     "device",
     "dtype",

@@ -27,7 +27,7 @@ ELSEWHERE = (  # not among the dials
     *("images", "trigger", "model"),
     *("texts", "text_columns", "skip_bad", "length", "completions_only"),
 )
-OF_TEXTS = ("answer_tokens", "temperature", "task", "reward")
+OF_TEXTS = ("own_texts", "answer_tokens", "temperature", "task", "reward")
 OF_PICTURES = ("resolution", "caption", "caption_dropout", "prior", "sigma_mean", "sigma_std", "shift", "preview_steps",
                "guidance")  # fmt: skip
 DIALS = ("budget", "steps", "resolution", "prompts")

@@ -75,6 +75,7 @@ def recipe_of(name: str, quantization: str = "") -> Recipe:
             holdout=0.1,
             evaluate_items=OWN_ROWS // 10,
             preview_every=0,
+            own_texts=0.0,  # what a damaged model writes by itself is not what it should keep
         )
     else:
         recipe = recipes.load(CHECKOUT / "styles" / name / "recipe.toml")

@@ -9,29 +9,34 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from zo_engine.blocks import Prefix, levels
 from zo_engine.hub import ModelError
-from zo_engine.models import load_language_model, load_tokenizer
+from zo_engine.models import load_language_model, load_tokenizer, locate
 from zo_engine.newton import GaussNewton
 from zo_engine.noise import Layout, directions
 from zo_engine.probes import GainSpace, GroupSpace, central, evaluate
 from zo_engine.quantize import quantized_layers
 from zo_engine.scales import final_norm, find_scales, formats_of, prove_live
-from zo_engine.tasks.diffusion import HELD_OUT, TRAINING
+from zo_engine.tasks import text as text_task
+from zo_engine.tasks.diffusion import HELD_OUT, SEARCH, TRAINING
 from zo_engine.tasks.text import (
     CHOICE,
     FEATURES,
+    OWN_TOKENS,
+    Kept,
     Language,
     answers,
     choose,
     likelihoods,
+    own_texts,
     sketched,
     stack,
     token_features,
     token_losses,
 )
 from zo_engine.texts import Example, Message
-from zo_engine.tokens import IGNORED, Tokens, choices, contrasted
+from zo_engine.tokens import IGNORED, Tokens, choices, contrasted, openings, prompt_ids
 
 CLASSES = list(tiny.LANGUAGE_MODELS)
+OWN = 16
 
 
 def talk(*contents: str) -> tuple[Message, ...]:
@@ -303,6 +308,21 @@ def test_the_evaluation_set_is_fixed_and_holds_every_example_once():
     assert torch.equal(sub.labels, batches[0].labels[[3, 1]])
 
 
+def test_the_bases_own_texts_make_up_their_share_of_what_is_learnt_and_nothing_of_what_is_held_out():
+    train, own, asked = some_tokens(12), some_tokens(6, seed=1), []
+    kept = Kept(lambda: asked.append(0) or own, 0.25, most=30)
+    task, plain = Language(None, train, train, seed=7, kept=kept), Language(None, train, train, seed=7)
+    assert not asked and task.tokens() == 30  # to look on needs none
+    rows = lambda batch: [tuple(t[m == 1].tolist()) for t, m in zip(batch.tokens, batch.mask, strict=True)]  # noqa: E731
+    mine, theirs = ({example.ids for example in some} for some in (own, train))
+    for size, share in ((1, 0), (2, 1), (8, 2), (16, 4)):
+        for stream in (TRAINING, SEARCH):
+            found = rows(task.batch(3, size, stream))
+            assert (sum(row in mine for row in found), sum(row in theirs for row in found)) == (share, size - share)
+    assert asked == [0]  # and once is enough
+    assert torch.equal(task.evaluation(9)[0].tokens, plain.evaluation(9)[0].tokens)
+
+
 # Probes
 
 
@@ -373,3 +393,74 @@ def test_samples_are_distributed_as_the_models_softmax():
     share = sum(text == words.decode([likeliest], skip_special_tokens=True) for text in found) / count
     p = float(expected[likeliest])
     assert abs(share - p) < 4 * (p * (1 - p) / count) ** 0.5
+
+
+# What a model writes by itself
+
+
+@pytest.mark.parametrize(
+    ("template", "asking", "answering"),
+    [
+        ("chatml", "<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n"),
+        ("marked", "<|im_start|>user:", "<|im_end|><|im_start|>assistant:"),
+        ("brackets", "[ ", " ]"),
+        ("counting", "1<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n"),
+    ],
+)
+def test_where_a_model_writes_by_itself_is_found_in_its_tokenizer(template, asking, answering):
+    words = tiny.tokenizer(template)
+    found = openings(words)
+    assert (words.decode(found.asking), words.decode(found.answering)) == (asking, answering)
+    assert found.plain == []  # no token begins a text
+    whole = prompt_ids(words, talk("Who is it?"))
+    assert [*found.asking, *words("Who is it?")["input_ids"], *found.answering] == whole
+    words.add_special_tokens({"bos_token": "<|im_start|>"})
+    assert openings(words).plain == [words.bos_token_id]
+
+
+def test_a_model_without_a_template_writes_plain_texts_after_what_ends_others():
+    for words in (tiny.tokenizer("none"), tiny.tokenizer()):
+        if words.chat_template:  # one that begins with what we do not know
+            words.chat_template = "{{ raise_exception('a system message first') }}"
+            words.bos_token = tiny.START
+        found = openings(words)
+        assert (found.plain, found.asking) == ([words.bos_token_id or words.eos_token_id], [])
+
+
+@pytest.fixture
+def own_model(monkeypatch):
+    """tiny-llm, which has learnt to write, and its tokenizer; asked for fewer texts than a run asks for."""
+    monkeypatch.setattr(text_task, "OWN", OWN)
+    folder = locate("tiny-llm")
+    return load_language_model(folder, device="cpu", quantization="nf4"), load_tokenizer(folder)
+
+
+def test_own_texts_are_the_models_own_are_the_same_again_and_stay_within_bounds(own_model):
+    model, words = own_model
+    where, state = openings(words), torch.get_rng_state()
+    found = own_texts(model, words, 40, seed=3)
+    assert found == own_texts(model, words, 40, seed=3, together=7) and len(set(found)) > OWN / 2
+    assert torch.equal(torch.get_rng_state(), state)
+    assert found != own_texts(model, words, 40, seed=4)
+    chats = found[OWN // 2 :]
+    for texts, scaffold in ((found[: OWN // 2], where.plain), (chats, where.asking + where.answering)):
+        assert len(texts) == OWN // 2
+        assert {len(text.ids) - text.learnt for text in texts} == {len(scaffold)}
+    assert {text.ids[: len(where.asking)] for text in chats} == {tuple(where.asking)}
+    assert max(len(text.ids) for text in found) <= 40
+    assert sum(text.ids[-1] == words.eos_token_id for text in found) > OWN / 2  # most come to an end of their own
+    assert max(len(text.ids) for text in own_texts(model, words, 1000, seed=3)) <= OWN_TOKENS + where.longest
+    assert own_texts(model, words, where.longest, seed=3) == []  # no room
+
+
+def test_away_from_the_model_its_own_texts_become_less_likely(own_model):
+    model, words = own_model
+    texts = stack(own_texts(model, words, 40, seed=3))
+    space = GainSpace(find_scales(model))
+    rng = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        here = token_losses(model, texts)
+        for _ in range(8):
+            with space.folded(torch.randn(space.layout.size, generator=rng)):
+                change = token_losses(model, texts) - here
+            assert change.mean() > 2 * change.std() / len(change) ** 0.5

@@ -19,9 +19,10 @@ from zo_engine.inspection import inspect
 from zo_engine.recipe import Recipe
 from zo_engine.run import Run
 from zo_engine.style import load_style, make_method, make_space, theta_of, views_of
-from zo_engine.tasks.text import choose, stack, token_features, token_losses
+from zo_engine.tasks.text import choose, own_texts, stack, token_features, token_losses
 
 ROWS = [{"text": f"{'fine' if i % 2 else 'dull'} {i}", "label": "good" if i % 2 else "bad"} for i in range(16)]
+TODAY = {"final_norm": "auto", "own_texts": 0.25}  # settings that there were not always
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +89,7 @@ def test_resume_equals_uninterrupted_and_the_journal_replays(studio, tmp_path, o
 
 def test_layers_by_name_move_alone_and_a_style_of_them_replays(recipe, tmp_path):
     layers = ("o_proj", "layers.1.mlp", "norm")
-    mine = dataclasses.replace(recipe, layers=layers, depth=0.99, steps=3, final_norm="tuned")
+    mine = dataclasses.replace(recipe, layers=layers, depth=0.99, steps=3, batch_size=4)
     studio = training.prepare(mine, tmp_path)
     run = go(studio, tmp_path / "run")
     theta, journal = load_style(run.style_file), load_style(run.journal_style_file)
@@ -99,24 +100,50 @@ def test_layers_by_name_move_alone_and_a_style_of_them_replays(recipe, tmp_path)
     assert found.any() and torch.equal(found, theta_of(theta, studio.space, studio.code_hash))
 
 
-def test_runs_and_styles_from_before_the_final_norm_was_tuned_stay_what_they_were(recipe, tmp_path):
-    mine = dataclasses.replace(recipe, reward="length:12", steps=3)
-    assert "model.norm" in training.prepare(mine, tmp_path).space.views
-    studio = training.prepare(dataclasses.replace(mine, final_norm="frozen"), tmp_path)
+@pytest.mark.parametrize("settings", [{"reward": "length:12", "final_norm": "frozen"}, {"final_norm": "auto"}])
+def test_runs_and_styles_from_before_there_were_such_settings_stay_what_they_were(recipe, tmp_path, settings):
+    mine = dataclasses.replace(recipe, steps=3, own_texts=0.0, **settings)
+    assert "model.norm" in training.prepare(dataclasses.replace(mine, **TODAY), tmp_path).space.views
+    studio = training.prepare(mine, tmp_path)
     assert not any("norm" in name for name in studio.space.views)
     run = go(studio, tmp_path / "run", stop_after=2)
     known = run.recipe_file.read_text()
-    run.recipe_file.write_text(known.replace('final_norm = "frozen"\n', ""))
+    later = {name for name, value in recipes.BEFORE.items() if getattr(mine, name) == value}
+    run.recipe_file.write_text("".join(line for line in known.splitlines(True) if line.split(" = ")[0] not in later))
     assert run.recipe_file.read_text() != known and run.recipe() == studio.recipe
     assert recipes.load(run.recipe_file).tunes_norm  # a new run of the same recipe is of today
     tensors, metadata = sealed.read(run.style_file)
-    settings = json.loads(metadata["recipe"])
-    del settings["final_norm"], metadata[sealed.DIGEST]
-    sealed.write(tmp_path / "old.safetensors", tensors, metadata | {"recipe": json.dumps(settings)})
+    before = {k: v for k, v in json.loads(metadata["recipe"]).items() if k not in TODAY}
+    del metadata[sealed.DIGEST]
+    sealed.write(tmp_path / "old.safetensors", tensors, metadata | {"recipe": json.dumps(before)})
     old = load_style(tmp_path / "old.safetensors")
-    assert old.recipe.reward and not old.recipe.tunes_norm
+    assert not old.recipe.tunes_norm
     found = theta_of(old, make_space(views_of(studio.model, old.recipe), old.recipe), studio.code_hash)
     assert torch.equal(found, theta_of(load_style(run.style_file), studio.space, studio.code_hash))
+
+
+def test_a_style_tells_of_the_norm_though_it_does_not_tell_of_the_texts(recipe, tmp_path):
+    for keeps in (0.25, 0.0):
+        mine = dataclasses.replace(recipe, own_texts=keeps)
+        assert mine.tunes_norm == recipes.make(mine.public()).tunes_norm == bool(keeps)
+    pictures = Recipe(images=str(tmp_path), final_norm="tuned")  # where there is no such norm
+    assert not pictures.tunes_norm and not recipes.make(pictures.public()).tunes_norm
+
+
+def test_what_the_base_writes_by_itself_stays_likelier_where_it_is_kept(recipe, tmp_path):
+    forgot = {}
+    for keeps in (0.0, 0.5):
+        mine = dataclasses.replace(recipe, steps=6, batch_size=8, directions=32, own_texts=keeps, final_norm="tuned")
+        studio = training.prepare(mine, tmp_path)
+        run = go(studio, tmp_path / f"run-{keeps}")
+        assert run.evaluations()[-1]["change"] < 0
+        theta = training.Training(run, studio).theta_at(6)
+        with torch.no_grad(), studio.space.folded(torch.zeros_like(theta)):
+            texts = stack(own_texts(studio.model, studio.preview.tokenizer, 60, seed=99))  # others than were kept
+            before = token_losses(studio.model, texts)
+        with torch.no_grad(), studio.space.folded(theta):
+            forgot[keeps] = (token_losses(studio.model, texts) - before).mean()
+    assert 0 < forgot[0.5] < 0.75 * forgot[0.0]
 
 
 def test_the_method_sees_losses_and_features_and_chunks_change_nothing_but_rounding(studio):
@@ -218,7 +245,7 @@ def test_an_exported_folder_loads_in_stock_transformers_with_equal_logits(studio
 @pytest.mark.parametrize("kind", tiny.LANGUAGE_MODELS)
 def test_every_class_learns_and_its_export_is_the_same_model_to_stock_transformers(recipe, tmp_path, kind):
     folder = tiny.save_language_model(tmp_path / "model", kind)
-    studio = training.prepare(dataclasses.replace(recipe, model=str(folder)), tmp_path)
+    studio = training.prepare(dataclasses.replace(recipe, model=str(folder), batch_size=4), tmp_path)
     run = go(studio, tmp_path / "run", steps=3, directions=24)
     first, *later = run.evaluations()
     assert min(e["loss"] for e in later) < first["loss"]
@@ -284,7 +311,7 @@ def test_layers_that_are_not_there_are_named_with_those_that_are(qzo, recipe, tm
     file = tmp_path / "recipe.toml"
     file.write_text(recipes.dump(recipe))
     code, out, err = qzo("train", file, "--layers", "up_proj", "--layers", "proj", "--out", tmp_path / "run")
-    sentence = "no layer that can be tuned has 'proj' in its name; they end in down_proj, gate_proj, k_proj, o_proj, "
+    sentence = "no layer that can be tuned has 'proj' in its name; they end in down_proj, gate_proj, k_proj, norm, "
     assert code == 2 and err.splitlines()[-1].startswith(f"qzo: {sentence}") and not (tmp_path / "run").exists()
     assert "loading" not in err
 

@@ -44,8 +44,8 @@ from zo_engine.recipe import DIRECTIONS, DOUBLINGS, Recipe, directions_at
 from zo_engine.style import make_method, make_space, views_of
 from zo_engine.tasks.diffusion import Batch as Pictures
 from zo_engine.tasks.diffusion import flow_errors
+from zo_engine.tasks.text import OWN, OWN_TOKENS, token_features, token_losses
 from zo_engine.tasks.text import Batch as Texts
-from zo_engine.tasks.text import token_features, token_losses
 from zo_engine.zo import ZO
 
 TOKENS = 4800  # of one pass, where nobody says how many rows: a device computes on them for longer than a block travels
@@ -677,8 +677,10 @@ def phased(
         drawing = _peak(lambda: _passed(model, work, 2 * pictures)), _peak(lambda: vae.decode(latents))
         found["previews"] = folded + _weights(vae) + max(drawing)
     elif recipe.texts or recipe.task:  # as long as prompts may be
-        tokens = torch.zeros(prompts, work.length, dtype=torch.int64, device="meta")
-        found["answers"] = folded + _peak(lambda: model(input_ids=tokens, use_cache=True, logits_to_keep=1))
+        if recipe.keeps_texts:
+            rows = made.rows if memory else recipe.rows or OWN
+            found["the base's own texts"] = folded + _peak(lambda: _written(model, min(OWN, rows), OWN_TOKENS))
+        found["answers"] = folded + _peak(lambda: _written(model, prompts, work.length))
     found["the held-out loss"] = folded + _peak(lambda: _passed(model, work, recipe.evaluate_items, made.rows))
     return dataclasses.replace(made, operations=operations(model, work), phases=found | {"steps": made.device})
 
@@ -713,6 +715,11 @@ def _passed(model: nn.Module, work: Work, items: int, rows: int = 0) -> None:
     """Losses of so many examples, or of the first rows of them."""
     batch, _, losses = task(model, dataclasses.replace(work, batch=items))
     losses(batch.take(torch.arange(min(rows, items), device="meta")) if rows else batch)
+
+
+def _written(model: nn.Module, rows: int, length: int) -> None:
+    """A pass that leaves what the next tokens need of those before them."""
+    model(input_ids=torch.zeros(rows, length, dtype=torch.int64, device="meta"), use_cache=True, logits_to_keep=1)
 
 
 def _latents(model: nn.Module, work: Work) -> tuple[int, int, int]:

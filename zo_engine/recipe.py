@@ -33,7 +33,7 @@ def last_doubling(steps: int) -> int:
     return GROWTH * min(max(0, steps - 1) // GROWTH, DOUBLINGS)
 
 
-BEFORE = {"final_norm": "frozen"}  # what runs and styles did that are from before there was such a setting
+BEFORE = {"final_norm": "frozen", "own_texts": 0.0}  # what runs and styles did from before there were such settings
 PRIVATE = ("images", "texts", "device", "memory", "offload")  # where things lie on this machine
 
 
@@ -83,7 +83,7 @@ class Recipe:
                                       "transformer_blocks.12; empty: all of that depth")  # fmt: skip
     columns: bool = setting(False, "gain space: one gain per group of inputs as well")
     final_norm: str = setting("auto", "language models, gain space: the norm before the output layer, which says how "
-                              "sure an answer is; auto: tuned with a reward",
+                              "sure an answer is; auto: tuned with a reward or own_texts",
                               choices=("auto", "tuned", "frozen"))  # fmt: skip
     directions: int = setting(0, "gauss-newton: directions per level, at first; else per picture in gain space, "
                               "or per step; 0: left to the method", low=0)  # fmt: skip
@@ -101,6 +101,8 @@ class Recipe:
     # The loss
     caption_dropout: float = setting(0.0, "share of pictures shown without caption", low=0.0, high=1.0)
     prior: float = setting(0.125, "share of a batch that keeps what the base draws without trigger", low=0, high=0.9)
+    own_texts: float = setting(0.25, "share of a batch of given texts that keeps what the base writes by itself",
+                               low=0, high=0.9)  # fmt: skip
     holdout: float = setting(0.15, "share of pictures kept out of training, for the held-out loss", low=0.0, high=0.5)
     sigma_mean: float = setting(0.0, "mean of the logit-normal noise level", low=-5, high=5)
     sigma_std: float = setting(1.5, "spread of the logit-normal noise level", low=0.05, high=5)
@@ -160,17 +162,21 @@ class Recipe:
 
     @property
     def tunes_norm(self) -> bool:
-        """Whether a language model's final norm is tuned. A reward asks for sure answers; given texts teach how sure to
-        be by themselves, and with the norm they make a model forget more."""
-        tuned = bool(self.reward) if self.final_norm == "auto" else self.final_norm == "tuned"
-        return tuned and self.space == "gain"
+        """Whether a language model's final norm is tuned. With given texts alone, it would make the model forget."""
+        tuned = self.final_norm == "tuned" or self.final_norm == "auto" and (bool(self.reward) or self.keeps_texts)
+        return tuned and self.space == "gain" and not self.images
+
+    @property
+    def keeps_texts(self) -> bool:
+        """Whether some of every batch is what the base writes by itself."""
+        return self.own_texts > 0 and not (self.images or self.task or self.reward)
 
     def public(self) -> dict[str, Any]:
         """The settings that may leave the machine: without folders."""
         values = {f.name: _plain(getattr(self, f.name)) for f in fields(self) if f.name not in PRIVATE}
         if is_file(self.reward):
             values["reward"] = ""  # a style names no code
-            values["final_norm"] = "tuned" if self.tunes_norm else "frozen"
+        values["final_norm"] = "tuned" if self.tunes_norm else "frozen"  # with what is left out, nobody could tell
         return values | {"model": named(self.model)}
 
 

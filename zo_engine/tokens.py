@@ -137,6 +137,36 @@ def beginning_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
 
 
 @dataclass(frozen=True)
+class Openings:
+    """Where a model writes by itself: `plain`, the tokens before a text; `asking` and `answering`, those before what a
+    user says and before the answer. Empty where a tokenizer has nothing of the kind."""
+
+    plain: list[int]
+    asking: list[int]
+    answering: list[int]
+
+    @property
+    def longest(self) -> int:
+        return max(len(self.plain), len(self.asking) + len(self.answering))
+
+
+def openings(tokenizer: PreTrainedTokenizerBase) -> Openings:
+    """By the token that begins a text, for want of all else the one that ends it; and by what two conversations have in
+    common that the chat template makes of two questions."""
+    marks = [token for token in (tokenizer.bos_token_id,) if token is not None]
+    plain = beginning_ids(tokenizer, "") or marks
+    if not tokenizer.chat_template:
+        return Openings(plain or [token for token in (tokenizer.eos_token_id,) if token is not None], [], [])
+    try:
+        first, other = (_templated(tokenizer, [Message("user", said)], add_generation_prompt=True) for said in "ab")
+    except DataError:  # the template wants something before it
+        return Openings(plain, [], [])
+    parted = lambda one, two: next((i for i, (a, b) in enumerate(zip(one, two, strict=False)) if a != b), 0)  # noqa: E731
+    asking, answering = parted(first, other), parted(first[::-1], other[::-1])
+    return Openings(plain, first[:asking], first[len(first) - answering :])
+
+
+@dataclass(frozen=True)
 class Lengths:
     """Of some examples, in tokens: the shortest, the median, 95 of 100, the longest; learnt tokens in all."""
 

@@ -58,7 +58,7 @@ from zo_engine.style import (
 from zo_engine.tasks.diffusion import SEARCH, TRAINING, Diffusion, Example, answers, sample
 from zo_engine.tasks.reward import Prompt as Request
 from zo_engine.tasks.reward import Rewarded
-from zo_engine.tasks.text import Choosing, Language, Question
+from zo_engine.tasks.text import OWN_TOKENS, Choosing, Kept, Language, Question, own_texts
 from zo_engine.tasks.text import answers as replies
 from zo_engine.texts import Message
 from zo_engine.zo import ZO, trapezoid
@@ -452,14 +452,15 @@ def prepare_texts(recipe: Recipe, cache_folder: Path, say: Callable[[str], None]
 
     @functools.cache
     def contrast(example: tokens.Tokens) -> tokens.Tokens:
-        text = by_line[example.line]
-        return tokens.contrasted(example, tokens.choices(tokenizer, text, length)) if text.choices else example
+        text = by_line.get(example.line)  # the base's own texts have none
+        return tokens.contrasted(example, tokens.choices(tokenizer, text, length)) if text and text.choices else example
 
     plain = contents.mapping.form == "text"
     asked = [(Message("user", prompt),) for prompt in recipe.prompts]
     prompts = asked or begun([example for example, _ in (*held_out, *train)])
 
-    longest = max(len(t.ids) for t in rendered.examples)
+    own = min(length, OWN_TOKENS + tokens.openings(tokenizer).longest) if recipe.keeps_texts else 0
+    longest = max(own, *(len(t.ids) for t in rendered.examples))
     recipe, model, space = language_model(recipe, folder, longest, cache_folder, notes, say)
     learnt = lambda part: [t for _, t in part]  # noqa: E731
     if reward:
@@ -469,7 +470,15 @@ def prepare_texts(recipe: Recipe, cache_folder: Path, say: Callable[[str], None]
                         [request(e) for e, _ in judged[: recipe.evaluate_items]],
                         seed=recipe.seed, most=recipe.answer_tokens, device=device)  # fmt: skip
     else:
-        task = Language(model, learnt(train), learnt(judged), questions, seed=recipe.seed, device=device,
+
+        def write() -> list[tokens.Tokens]:
+            """What the base writes by itself, whatever has been learnt since."""
+            say("asking the base for texts of its own, to keep it as it is")
+            with space.folded(torch.zeros(space.layout.size, device=space.home(device))):
+                return own_texts(model, tokenizer, own, seed=recipe.seed, together=recipe.rows)
+
+        kept = Kept(write, recipe.own_texts, own) if own else None
+        task = Language(model, learnt(train), learnt(judged), questions, seed=recipe.seed, kept=kept, device=device,
                         contrast=contrast)  # fmt: skip
     return Studio(
         recipe=recipe,

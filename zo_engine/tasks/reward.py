@@ -27,7 +27,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from zo_engine.journal import Move, short
 from zo_engine.rewards import Reward
 from zo_engine.tasks.diffusion import HELD_OUT, TRAINING, turns
-from zo_engine.tasks.text import Batch, generated, left_padded, padding, stack, token_features, token_losses
+from zo_engine.tasks.text import Batch, ended, generated, left_padded, padding, stack, token_features, token_losses
 from zo_engine.tokens import IGNORED, Tokens
 
 SAMPLES = 4  # answers for each that is learnt: the likeliest one, and drawn ones to other prompts
@@ -119,11 +119,8 @@ class Rewarded:
     def _written(self, asked: Asked, sampled: bool = True) -> list[list[int]]:
         """The tokens of each answer, with the one that ends it if it came to an end."""
         seeds = asked.seed.tolist() if sampled else None
-        found = generated(self.model, asked.tokens, asked.mask, padding(self.tokenizer), self.most, seeds).tolist()
-        configured = self.model.generation_config.eos_token_id
-        ends = set(configured) if isinstance(configured, list) else {configured}
-        stops = ((i + 1 for i, token in enumerate(row) if token in ends) for row in found)
-        return [row[: next(stop, len(row))] for row, stop in zip(found, stops, strict=True)]
+        found = generated(self.model, asked.tokens, asked.mask, padding(self.tokenizer), self.most, seeds)
+        return ended(self.model, found)
 
     def _rewards(self, asked: Asked, written: list[list[int]]) -> list[float]:
         texts = self.tokenizer.batch_decode(written, skip_special_tokens=True)

@@ -7,7 +7,7 @@ randomness is an argument: which examples a step sees is a pure function of (see
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
-from functools import cache, partial
+from functools import cache, cached_property, partial
 
 import numpy as np
 import torch
@@ -19,8 +19,9 @@ from transformers.generation import TemperatureLogitsWarper, TopPLogitsWarper
 from zo_engine.offload import head_parts
 from zo_engine.tasks.diffusion import TRAINING, turns
 from zo_engine.texts import Message
-from zo_engine.tokens import IGNORED, Tokens, beginning_ids, prompt_ids
+from zo_engine.tokens import IGNORED, Tokens, beginning_ids, openings, prompt_ids
 
+OWN, OWN_TOKENS = 64, 64  # texts of the base's own, and what each has at most
 FEATURES = 1 << 15  # of one row of a probe, at most
 CHOICE = 3.0  # weight of which choice is right, beside the mean over an answer's tokens
 
@@ -243,6 +244,16 @@ class Question:
     right: int
 
 
+@dataclass(frozen=True)
+class Kept:
+    """The base's own texts among what is learnt: `share` of every training batch, one at least. write: gives them
+    (`own_texts`), of at most `most` tokens; called once, before the first batch."""
+
+    write: Callable[[], Sequence[Tokens]]
+    share: float
+    most: int
+
+
 class Language:
     """Examples, and the losses of a causal language model on them."""
 
@@ -258,19 +269,33 @@ class Language:
         questions: Sequence[Question] = (),
         *,
         seed: int,
+        kept: Kept | None = None,
         device: torch.device | str = "cpu",
         contrast: Callable[[Tokens], Tokens] = lambda example: example,
     ):
         """questions: held-out examples with a choice of answers, for the accuracy. contrast: gives an example its
         rivals when its turn has come (`tokens.contrasted`)."""
-        self.contrast = contrast
+        self.contrast, self.kept = contrast, kept
         self.model, self.train, self.held_out, self.questions = model, list(train), list(held_out), list(questions)
         self.seed, self.device = seed, device
+
+    @cached_property
+    def own(self) -> Sequence[Tokens]:
+        """The base's own texts."""
+        return self.kept.write()
+
+    def begin(self) -> None:
+        """Do what only training needs."""
+        if self.kept:
+            _ = self.own
 
     def batch(self, step: int, size: int, stream: int = TRAINING) -> Batch:
         """The batch of a step: a pure function of (seed, step, stream)."""
         rng = np.random.Generator(np.random.Philox(key=self.seed, counter=[0, 0, stream, step]))
-        return self._stacked([self.train[i] for i in turns(rng, len(self.train), size)])
+        own = self.own if self.kept else ()
+        share = min(size - 1, max(1, round(self.kept.share * size))) if own else 0
+        parts = (self.train, size - share), (own, share)
+        return self._stacked([some[i] for some, count in parts for i in turns(rng, len(some), count)])
 
     def _stacked(self, examples: Sequence[Tokens]) -> Batch:
         return stack([self.contrast(example) for example in examples]).to(self.device)
@@ -292,9 +317,6 @@ class Language:
         """[B, 1 + m]: see `token_features`."""
         return token_features(self.model, batch)
 
-    def begin(self) -> None:
-        """Nothing is needed that only training needs."""
-
     def figures(self) -> dict[str, float]:
         """What an evaluation says beside the held-out loss: the share of questions answered right."""
         if not self.questions:
@@ -305,7 +327,8 @@ class Language:
 
     def tokens(self) -> int:
         """Tokens of the longest example."""
-        return max(len(example.ids) for example in (*self.train, *self.held_out))
+        own = self.kept.most if self.kept else 0
+        return max(own, *(len(example.ids) for example in (*self.train, *self.held_out)))
 
 
 @dataclass(frozen=True)
@@ -463,3 +486,65 @@ def generated(
         **({} if ends is None else {"eos_token_id": list(ends)}),
     )  # fmt: skip
     return found[:, tokens.shape[1] :]
+
+
+@torch.no_grad()
+def own_texts(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, length: int, *, seed: int, together: int = 0
+) -> list[Tokens]:
+    """OWN texts that a model writes by itself, as examples of at most `length` tokens: plain ones and, with a chat
+    template, as many questions with answers, sampled with a seed each. Learning them keeps the model as it is: in
+    expectation their loss is the divergence KL(base, model) and a constant.
+
+    Given its template up to where a user speaks, a chat model writes a question (Magpie, Xu et al., arXiv:2406.08464).
+    together: rows of one call, at most; 0: all.
+    """
+    where = openings(tokenizer)
+    kinds, together = bool(where.plain) + bool(where.asking), together or OWN
+    room = min(OWN_TOKENS, length - where.longest)
+
+    def written(rows: list[list[int]], room: int, seed: int) -> list[list[int]]:
+        found = []
+        for start in range(0, len(rows), together):
+            tokens, mask = left_padded(rows[start : start + together], padding(tokenizer))
+            seeds = [seed + start + i for i in range(len(tokens))]
+            found += ended(model, generated(model, tokens.to(model.device), mask.to(model.device), padding(tokenizer),
+                                            room, seeds))  # fmt: skip
+        return found
+
+    examples = []
+    if where.plain and room > 0:
+        for text in written([where.plain] * (OWN // kinds), room, seed):
+            examples.append(_example((where.plain, False), (text, True)))
+    if where.asking and room > 1:
+        said = written([where.asking] * (OWN // kinds), room // 2, seed + OWN)
+        asked = [_until(row, where.answering, ends_of(model)) for row in said]
+        prompts = [[*where.asking, *question, *where.answering] for question in asked]
+        for question, answer in zip(asked, written(prompts, room // 2, seed + 2 * OWN), strict=True):
+            examples.append(_example((where.asking, False), (question, True), (where.answering, False), (answer, True)))
+    return examples
+
+
+def _until(row: list[int], mark: list[int], ends: set[int]) -> list[int]:
+    """What of a row stands before a mark of several tokens, or before one that ends a text."""
+    found = (i for i, token in enumerate(row) if token in ends or (mark and row[i : i + len(mark)] == mark))
+    return row[: next(found, len(row))]
+
+
+def _example(*parts: tuple[Sequence[int], bool]) -> Tokens:
+    """Tokens in parts that are learnt or not."""
+    ids = [(token, token if learnt else IGNORED) for part, learnt in parts for token in part]
+    return Tokens(*zip(*ids, strict=True))
+
+
+def ends_of(model: PreTrainedModel) -> set[int]:
+    """Tokens that end what the model writes."""
+    configured = model.generation_config.eos_token_id
+    return set(configured) if isinstance(configured, list) else {configured} - {None}
+
+
+def ended(model: PreTrainedModel, found: Tensor) -> list[list[int]]:
+    """The rows of `generated`, each up to and with the token that ends it, if it came to an end."""
+    ends, rows = ends_of(model), found.tolist()
+    stops = ((i + 1 for i, token in enumerate(row) if token in ends) for row in rows)
+    return [row[: next(stop, len(row))] for row, stop in zip(rows, stops, strict=True)]
