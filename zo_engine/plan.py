@@ -116,8 +116,6 @@ def _answered(operation: Any, args: tuple, kwargs: dict) -> Any:
         return {torch.bool: True}.get(args[0].dtype, 0.0 if args[0].is_floating_point() else 0)
     if operation is aten._to_copy.default and kwargs.get("device") == torch.device("cpu") and args[0].is_meta:
         return torch.zeros(args[0].shape, dtype=kwargs.get("dtype") or args[0].dtype)
-    if operation is aten.nonzero.default:
-        return torch.empty(args[0].numel(), args[0].ndim, dtype=torch.int64, device=args[0].device)
     return None
 
 
@@ -266,9 +264,9 @@ def task(model: nn.Module, work: Work, device: str = "meta") -> tuple[Any, Calla
     count, config = work.batch, model.config
     make = lambda *shape, dtype=torch.float32: torch.zeros(*shape, dtype=dtype, device=device)  # noqa: E731
     if work.size is None:
-        tokens, rivals = (make(count, work.length, *more, dtype=torch.int64) for more in ((), (0,)))
+        tokens, rivals = (torch.zeros(count, work.length, *more, dtype=torch.int64) for more in ((), (0,)))
         return (
-            Texts(tokens, tokens + 1, tokens, rivals),
+            Texts(tokens, tokens + 1, tokens, rivals).to(device),
             lambda b: token_features(model, b),
             lambda b: token_losses(model, b),
         )
@@ -312,7 +310,7 @@ def step(
 
         def probed(part: int, probes: Probes, fresh: bool) -> Tensor:
             read = losses if fresh or isinstance(method, ZO) else outcomes
-            sample = lambda index: read((trial if fresh else batch).take(index.to(device)))  # noqa: E731
+            sample = lambda index: read((trial if fresh else batch).take(index))  # noqa: E731
             if prefixes[part] and (part, fresh) not in replays:
                 with space.dressed(method.theta):
                     run = _prefix if short else Prefix.run
@@ -714,7 +712,7 @@ def _peak(run: Callable[[], object]) -> int:
 def _passed(model: nn.Module, work: Work, items: int, rows: int = 0) -> None:
     """Losses of so many examples, or of the first rows of them."""
     batch, _, losses = task(model, dataclasses.replace(work, batch=items))
-    losses(batch.take(torch.arange(min(rows, items), device="meta")) if rows else batch)
+    losses(batch.take(torch.arange(min(rows, items))) if rows else batch)
 
 
 def _written(model: nn.Module, rows: int, length: int) -> None:

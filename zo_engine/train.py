@@ -731,7 +731,7 @@ class Training:
         replays: dict[tuple, Replay] = {}
 
         def evaluated(outputs: Callable, batch: Any, level: int, probes: Probes, fresh: bool) -> Tensor:
-            rows = lambda index: outputs(batch.take(index.to(self.studio.model.device)))  # noqa: E731
+            rows = lambda index: outputs(batch.take(index))  # noqa: E731
             prefix = self.prefixes[level] if outputs.__name__ in task.one_pass else None
             space = self.studio.space
             if prefix and (level, fresh) not in replays:

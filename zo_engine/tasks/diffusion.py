@@ -34,6 +34,7 @@ class Batch:
         return len(self.sigma)
 
     def take(self, index: Tensor) -> "Batch":
+        index = index.to(self.sigma.device)
         return Batch(*(getattr(self, f.name)[index] for f in fields(self)))
 
     def to(self, device: torch.device | str) -> "Batch":

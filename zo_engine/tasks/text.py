@@ -28,7 +28,8 @@ CHOICE = 3.0  # weight of which choice is right, beside the mean over an answer'
 
 @dataclass(frozen=True)
 class Batch:
-    """B examples, padded on the right to the longest."""
+    """B examples, padded on the right to the longest. What is learnt stays on the host, which has to know at which
+    positions logits are wanted: a device would be waited for."""
 
     tokens: Tensor  # [B, T] int64
     mask: Tensor  # [B, T] int64, 1 on tokens and 0 on padding
@@ -39,10 +40,12 @@ class Batch:
         return len(self.tokens)
 
     def take(self, index: Tensor) -> "Batch":
+        """Some of the examples, by an index on the host."""
         return type(self)(*(getattr(self, f.name)[index] for f in fields(self)))
 
     def to(self, device: torch.device | str) -> "Batch":
-        return type(self)(*(getattr(self, f.name).to(device) for f in fields(self)))
+        moved = (getattr(self, f.name).to("cpu" if f.name in ("labels", "rivals") else device) for f in fields(self))
+        return type(self)(*moved)
 
 
 def stack(examples: Sequence[Tokens], filler: int = 0) -> Batch:
@@ -118,10 +121,13 @@ class Reading:
     of exp(highest logit so far). That differs from what is read at once by rounding alone.
     """
 
-    def __init__(self, labels: Tensor, rivals: Tensor, most: int):
-        """labels: [n]. rivals: [n, m]. most: features at most; with 0 there are none."""
-        self.labels, self.buckets, self.most = labels, most // max(1, len(labels)), most
-        self.asked = torch.cat([labels[:, None], rivals], 1)  # [n, 1 + m]
+    def __init__(self, labels: Tensor, rivals: Tensor, most: int, device: torch.device):
+        """labels: [n]. rivals: [n, m]. Both on the host; the logits come from a device. most: features at most; with 0
+        there are none."""
+        self.buckets, self.most = most // max(1, len(labels)), most
+        self.parted = (rivals != IGNORED).any(1).nonzero().flatten().to(device)  # places where there are rivals
+        self.asked = torch.cat([labels[:, None], rivals], 1).to(device)  # [n, 1 + m]
+        self.labels = self.asked[:, 0]
         self.logits: Tensor | None = None  # where they come at once
 
     def add(self, logits: Tensor, start: int, size: int) -> None:
@@ -164,27 +170,23 @@ class Reading:
         if self.asked.shape[1] == 1:
             return found.flatten()
         chosen = torch.zeros_like(self.asked, dtype=found.dtype)
-        chosen[self._parted] = (2 * CHOICE * self._choices().softmax(1)).sqrt()
+        chosen[self.parted] = (2 * CHOICE * self._choices().softmax(1)).sqrt()
         return torch.cat([found.flatten(), chosen.flatten()])
-
-    @property
-    def _parted(self) -> Tensor:
-        """[n]: where there are rivals."""
-        return (self.asked[:, 1:] != IGNORED).any(1)
 
     def _choices(self) -> Tensor:
         """The logits of each token and its rivals [places that have some, 1 + m]."""
-        asked, parted = self.asked, self._parted
+        asked = self.asked
         found = self.found if self.logits is None else self.logits.gather(1, asked.clamp(min=0))
-        return found.masked_fill(asked == IGNORED, -torch.inf)[parted]
+        return found.masked_fill(asked == IGNORED, -torch.inf)[self.parted]
 
 
 def _readings(model: nn.Module, batch: Batch, most: int) -> Iterator[Reading]:
     """The logits of every example at the positions where some example learns: they are made for no others."""
-    places = _places(batch)
-    asked = [batch.labels[:, places + 1], batch.rivals[:, places + 1]]
-    readings = (Reading(*row, most) for row in zip(*asked, strict=True))
-    call = partial(model, input_ids=batch.tokens, attention_mask=batch.mask, use_cache=False, logits_to_keep=places)
+    places, device = _places(batch), batch.tokens.device
+    asked = zip(batch.labels[:, places + 1], batch.rivals[:, places + 1], strict=True)
+    readings = (Reading(*row, most, device) for row in asked)
+    # Without a mask, which would be looked at: a causal model sees no padding before what counts.
+    call = partial(model, input_ids=batch.tokens, use_cache=False, logits_to_keep=places.to(device))
     head = model.get_output_embeddings()
     parts = head_parts(head)
     if len(parts) < 2:
