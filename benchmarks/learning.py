@@ -166,7 +166,7 @@ def main() -> None:
     when = before.get("measured", dict.fromkeys(results, before.get("circumstances")))
     chosen = {PAPER if setting == "published" else setting: value for setting, value in chosen.items()}
     if given.anew:
-        chosen = {setting: value for setting, value in chosen.items() if setting not in contestants}
+        chosen, memory = ({c: v for c, v in found.items() if c not in contestants} for found in (chosen, memory))
     pictures = (recipe.steps + 1) * recipe.batch_size  # that our run sees; the last move is tried on a batch of its own
     steps = given.published_steps, given.adam_steps or (60 if recipe.texts else 240), -(-pictures // PICTURES)
     fresh = {} if given.anew else {c: set(curves) for c, curves in results.items()}

@@ -274,7 +274,8 @@ def test_an_output_layer_that_is_the_embedding_stays_as_it_is(tmp_path):
 def test_plain_weights_in_the_absolute_form_are_mezo(base, texts, tmp_path):
     """MeZO (arXiv:2305.17333, algorithm 1) as it is published, in place, on the linear layers' weights."""
     eps, rate, steps, size = 1e-3, 1e-6, 12, 4
-    settings = {"space": "absolute", "optimizer": "sgd", "noise": "gaussian", "depth": 1.0, "decay": 0.0, "clip": 1e9}
+    settings = {"space": "absolute", "optimizer": "sgd", "noise": "gaussian", "depth": 1.0, "decay": 0.0, "clip": 1e9,
+                "own_texts": 0.0}  # fmt: skip
     ours = recipe(base, texts, "none", eps=eps, step_size=rate, batch_size=size, directions=1, steps=steps, **settings)
     studio = training.prepare(ours, tmp_path)
     method, task, space = make_method(studio.space, ours), studio.task, studio.space

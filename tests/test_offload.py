@@ -607,7 +607,7 @@ def test_memory_is_planned_said_and_kept(recipes, tmp_path):
     assert (studio.recipe.offload, studio.recipe.rows > 1) == ("resident", True)
     assert any(note.startswith("planned for 1.00 GB") for note in studio.notes)
     config = json.loads((Path(wide.model) / "config.json").read_text())
-    work = plan.Work(2, studio.task.tokens(), None, 0.5, 3, torch.float32)
+    work = plan.Work.of(wide, studio.task.tokens(), None, torch.float32)
     least = plan.make(plan.skeleton(config, dtype=torch.float32), work, 1, 4)
     tight = training.prepare(dataclasses.replace(wide, memory=f"{least.device / 1e6}MB"), tmp_path)
     assert tight.recipe.offload in ("cpu", "disk") and tight.model.mover.blocks
