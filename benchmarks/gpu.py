@@ -163,13 +163,13 @@ def measure(case: Case, config: dict, device: torch.device, dtype: torch.dtype) 
     mover = getattr(model, "mover", None)
     work = case.work(dtype)
     batch, outcomes, losses = plan.task(model, work, str(device))
-    batch = batch.take(torch.arange(case.batch, device=device))
+    batch = batch.take(torch.arange(case.batch))
     views = find_scales(model)
     space = GainSpace(views) if case.space == "gain" else GroupSpace(views, bring=mover and mover.bring)
     home = space.home(device)
     theta = torch.zeros(space.layout.size, device=home)
     own = case.space == "gain"
-    rows = lambda sample: losses(batch.take(sample.to(device)))  # noqa: E731
+    rows = lambda sample: losses(batch.take(sample))  # noqa: E731
     number = iter(range(1_000_000))
 
     def noise() -> torch.Tensor:
@@ -226,7 +226,7 @@ def newton(model: nn.Module, work: Work, device: torch.device) -> Callable[[], o
 
         def evaluated(part, probes, fresh):
             read = losses if fresh else outcomes
-            sample = lambda index: read(batch.take(index.to(device)))  # noqa: E731
+            sample = lambda index: read(batch.take(index))  # noqa: E731
             if prefixes[part] and (part, fresh) not in replays:
                 with space.dressed(method.theta):
                     replays[part, fresh] = prefixes[part].run(sample, work.batch, rows)

@@ -52,8 +52,8 @@ def measure(model: str, batch: int, rounds: int, device: str) -> dict:
     size = 8 if model == "tiny-sd3" else 64
     tokens = 77 + models.text_length(folder) if model != "tiny-sd3" else 32
     data = synthetic(transformer, batch, size, size, tokens)
-    twice = data.take(torch.arange(batch, device=where).repeat(2))
-    wide = data.take(torch.arange(ROWS, device=where) % batch)
+    twice = data.take(torch.arange(batch).repeat(2))
+    wide = data.take(torch.arange(ROWS) % batch)
 
     def plain() -> None:
         flow_losses(transformer, data, dtype)
@@ -68,9 +68,7 @@ def measure(model: str, batch: int, rounds: int, device: str) -> dict:
         def run() -> None:
             z = zo.directions()
             probes = central(z, 0.01, batch, own)
-            losses = evaluate(
-                space, zo.theta, probes, lambda s: flow_losses(transformer, data.take(s.to(where)), dtype)
-            )
+            losses = evaluate(space, zo.theta, probes, lambda s: flow_losses(transformer, data.take(s), dtype))
             d = slopes(losses.cpu(), 0.01, len(z)).tolist()
             zo.theta = zo.theta - zo.descend(z, d, zo.clip_level(d)) * 1e-6
 
@@ -84,8 +82,8 @@ def measure(model: str, batch: int, rounds: int, device: str) -> dict:
     prefixes = [Prefix(transformer, level) if level.first else None for level in found]
 
     def gauss_newton() -> None:
-        examples, replays = data.take(torch.arange(batch, device=where)), {}
-        rows = lambda s: flow_errors(transformer, examples.take(s.to(where)), dtype)  # noqa: E731
+        examples, replays = data.take(torch.arange(batch)), {}
+        rows = lambda s: flow_errors(transformer, examples.take(s), dtype)  # noqa: E731
 
         def outcomes(part, probes, fresh):
             if prefixes[part] and part not in replays:

@@ -121,13 +121,11 @@ class Reading:
     of exp(highest logit so far). That differs from what is read at once by rounding alone.
     """
 
-    def __init__(self, labels: Tensor, rivals: Tensor, most: int, device: torch.device):
-        """labels: [n]. rivals: [n, m]. Both on the host; the logits come from a device. most: features at most; with 0
-        there are none."""
-        self.buckets, self.most = most // max(1, len(labels)), most
-        self.parted = (rivals != IGNORED).any(1).nonzero().flatten().to(device)  # places where there are rivals
-        self.asked = torch.cat([labels[:, None], rivals], 1).to(device)  # [n, 1 + m]
-        self.labels = self.asked[:, 0]
+    def __init__(self, asked: Tensor, parted: Tensor, most: int):
+        """asked: [n, 1 + m], the label of every place and its rivals. parted: the places that have any, on the host.
+        most: features at most; with 0 there are none."""
+        self.asked, self.labels, self.parted = asked, asked[:, 0], parted
+        self.buckets, self.most = most // max(1, len(asked)), most
         self.logits: Tensor | None = None  # where they come at once
 
     def add(self, logits: Tensor, start: int, size: int) -> None:
@@ -183,8 +181,9 @@ class Reading:
 def _readings(model: nn.Module, batch: Batch, most: int) -> Iterator[Reading]:
     """The logits of every example at the positions where some example learns: they are made for no others."""
     places, device = _places(batch), batch.tokens.device
-    asked = zip(batch.labels[:, places + 1], batch.rivals[:, places + 1], strict=True)
-    readings = (Reading(*row, most, device) for row in asked)
+    asked = torch.cat([batch.labels[..., None], batch.rivals], 2)[:, places + 1]
+    parted = (row.nonzero().flatten() for row in (asked[..., 1:] != IGNORED).any(2))
+    readings = (Reading(*row, most) for row in zip(asked.to(device), parted, strict=True))
     # Without a mask, which would be looked at: a causal model sees no padding before what counts.
     call = partial(model, input_ids=batch.tokens, use_cache=False, logits_to_keep=places.to(device))
     head = model.get_output_embeddings()
