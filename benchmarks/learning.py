@@ -8,8 +8,9 @@ several seeds; a table, the targets, and a plot.
 Contestants: ours; QZO's published form with the best of a sweep of step sizes, and as published; MeZO on plain
 weights, the best of a sweep; and with exact gradients, each with the best of a sweep of rates, Adam on the gains that
 ours moves (for many steps, and with as many pictures as ours sees), on every scale of every layer (PEQA), and peft's
-LoRA on the same quantised model. Beside each curve stand the processor's seconds, and the memory that a step needs,
-counted, with passes of 32 rows.
+LoRA on the same quantised model. All learn from the same batches, but the published form and MeZO, which their authors
+have without it, from texts without the base's own among them. Beside each curve stand the processor's seconds, and the
+memory that a step needs, counted, with passes of 32 rows.
 
 A task is a folder of `styles`, or `repair`: tiny-llm, whose scales were multiplied row by row by known log-normal
 numbers, is to answer its own conversations again; its loss before the damage is the known optimum. Results go to
