@@ -31,6 +31,7 @@ COST = (
     "final_norm",
     "reward",
     "directions",
+    "doublings",
     "optimizer",
     "prior",
     "own_texts",
@@ -148,7 +149,9 @@ def _rows(settings: Recipe) -> int:
     """What all steps cost together, in forward passes of a picture or text: later ones may cost more than the first."""
     if settings.optimizer != "gauss-newton":
         return settings.steps
-    return sum(directions_at(settings.directions or DIRECTIONS, step) for step in range(settings.steps))
+    return sum(
+        directions_at(settings.directions or DIRECTIONS, step, settings.doublings) for step in range(settings.steps)
+    )
 
 
 def pixels_of(buckets: list[tuple[int, int]], sizes: list[tuple[int, int]]) -> int:

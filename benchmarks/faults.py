@@ -51,7 +51,7 @@ ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(CHECKOUT)}
 PIECE = 20  # kills
 SAMPLE = 5.0  # seconds between two looks at memory, files and disk
 LOOK = 1.5  # seconds between two looks of an open page at its run
-WARM = 26  # steps after which a step costs what all later ones do, see recipe.GROWTH
+WARM = 38  # steps after which a step costs what all later ones do, see recipe.GROWTH and DOUBLINGS
 SHOWN = (
     ("memory of the page", "MB", 1e6), ("memory of the run", "MB", 1e6), ("open files", "", 1), ("checkpoints", "", 1),
     ("step time", "ms", 1e-3), ("disk per step", "bytes", 1),

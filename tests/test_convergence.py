@@ -57,9 +57,10 @@ def test_too_little_or_damaged_is_no_trend():
 
 
 def test_a_wider_look_is_waited_for():
-    assert [last_doubling(steps) for steps in (0, 1, GROWTH, GROWTH + 1, 2 * GROWTH + 1, 100)] == [
+    assert [last_doubling(steps, 2) for steps in (0, 1, GROWTH, GROWTH + 1, 2 * GROWTH + 1, 100)] == [
         *(0, 0, 0, GROWTH, 2 * GROWTH, 2 * GROWTH)
     ]
+    assert last_doubling(100, 3) == 3 * GROWTH and last_doubling(100, 0) == 0
 
 
 def ends(run: Run) -> int:

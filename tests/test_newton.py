@@ -232,12 +232,14 @@ def test_a_flat_loss_moves_nothing_far():
 
 
 def test_directions_double_and_are_no_more_than_elements():
-    newton = method(20, per_part=[4, 6])
-    for step, count in ((0, 4), (GROWTH - 1, 4), (GROWTH, 8), (2 * GROWTH, 16), (100 * GROWTH, 16)):
+    first = ((3, 0, 4), (3, GROWTH - 1, 4), (3, GROWTH, 8), (3, 2 * GROWTH, 16), (1, 100 * GROWTH, 8), (0, GROWTH, 4))
+    for doublings, step, count in first:
+        newton = method(20, per_part=[4, 6], doublings=doublings)
         newton.step = step
         count, other = min(10, count), min(10, count * 6 // 4)
         assert [z.shape for z in newton.directions()] == [(count, 10), (other, 10)]
         assert newton.counts(step) == [count, other] and newton.cost(step) == count + other + 2
+    assert [method(200, per_part=[4, 4]).counts(GROWTH * n)[0] for n in (2, 3, 9)] == [16, 32, 32]
 
 
 def test_some_directions_move_whole_layers():

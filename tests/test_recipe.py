@@ -23,7 +23,7 @@ def other(field):
     if field.type is float:
         low, high = field.metadata["low"], min(field.metadata["high"], 100.0)
         return low + (high - low) / 3
-    return OTHER[field.type]
+    return min(OTHER[int], field.metadata["high"]) if field.type is int else OTHER[field.type]
 
 
 @pytest.fixture

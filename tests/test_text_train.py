@@ -22,7 +22,7 @@ from zo_engine.style import load_style, make_method, make_space, theta_of, views
 from zo_engine.tasks.text import choose, own_texts, stack, token_features, token_losses
 
 ROWS = [{"text": f"{'fine' if i % 2 else 'dull'} {i}", "label": "good" if i % 2 else "bad"} for i in range(16)]
-TODAY = {"final_norm": "auto", "own_texts": 0.25}  # settings that there were not always
+TODAY = {"final_norm": "auto", "own_texts": 0.25, "doublings": 3}  # settings that there were not always
 
 
 @pytest.fixture(scope="module")
@@ -102,7 +102,7 @@ def test_layers_by_name_move_alone_and_a_style_of_them_replays(recipe, tmp_path)
 
 @pytest.mark.parametrize("settings", [{"reward": "length:12", "final_norm": "frozen"}, {"final_norm": "auto"}])
 def test_runs_and_styles_from_before_there_were_such_settings_stay_what_they_were(recipe, tmp_path, settings):
-    mine = dataclasses.replace(recipe, steps=3, own_texts=0.0, **settings)
+    mine = dataclasses.replace(recipe, steps=3, own_texts=0.0, doublings=2, **settings)
     assert "model.norm" in training.prepare(dataclasses.replace(mine, **TODAY), tmp_path).space.views
     studio = training.prepare(mine, tmp_path)
     assert not any("norm" in name for name in studio.space.views)
@@ -117,7 +117,7 @@ def test_runs_and_styles_from_before_there_were_such_settings_stay_what_they_wer
     del metadata[sealed.DIGEST]
     sealed.write(tmp_path / "old.safetensors", tensors, metadata | {"recipe": json.dumps(before)})
     old = load_style(tmp_path / "old.safetensors")
-    assert not old.recipe.tunes_norm
+    assert not old.recipe.tunes_norm and old.recipe.doublings == 2
     found = theta_of(old, make_space(views_of(studio.model, old.recipe), old.recipe), studio.code_hash)
     assert torch.equal(found, theta_of(load_style(run.style_file), studio.space, studio.code_hash))
 

@@ -214,7 +214,7 @@ def _empty_layer(linear: nn.Linear, quantization: str, dtype: torch.dtype) -> nn
 class Work:
     """What a step is to do. size: (width, height) in pixels of pictures; length: tokens of texts, or of captions.
     directions: of every level in a Gauss-Newton step, else as `Recipe.directions`; 0: the method's own, and of
-    Gauss-Newton those of the last steps, which have most. The rest are settings of a recipe."""
+    Gauss-Newton those of the last of a default recipe's steps. The rest are settings of a recipe."""
 
     batch: int
     length: int
@@ -234,7 +234,7 @@ class Work:
         """What the largest step of a run will do."""
         count = recipe.directions
         if recipe.optimizer == "gauss-newton":
-            count = directions_at(count or DIRECTIONS, recipe.steps - 1)
+            count = directions_at(count or DIRECTIONS, recipe.steps - 1, recipe.doublings)
         how = recipe.space, recipe.optimizer, recipe.columns, recipe.noise, recipe.layers, recipe.tunes_norm
         return cls(recipe.batch_size, length, size, recipe.depth, count, dtype, *how)
 
@@ -242,7 +242,7 @@ class Work:
         """The space and the method of a run on the model, as training makes them; streams: if blocks of it do."""
         count = self.directions
         if self.optimizer == "gauss-newton":
-            count = count or DIRECTIONS << DOUBLINGS
+            count = count or directions_at(DIRECTIONS, Recipe().steps - 1, DOUBLINGS)
         recipe = Recipe(
             batch_size=self.batch, depth=self.depth, directions=count, space=self.space, optimizer=self.optimizer,
             columns=self.columns, noise=self.noise, layers=self.layers,

@@ -19,21 +19,22 @@ from zo_engine.rewards import beside, is_file
 
 DIRECTIONS = 96  # of every level in a Gauss-Newton step, at first
 GROWTH = 12  # steps after which they double: early on a new look at the loss is worth more than a wider one
-DOUBLINGS = 2
+DOUBLINGS = 3
 BUDGETS = {"quick": 1 / 3, "normal": 1.0, "thorough": 2.0}  # of the recipe's steps
 
 
-def directions_at(directions: int, step: int) -> int:
+def directions_at(directions: int, step: int, doublings: int) -> int:
     """Directions of a level at a step of a Gauss-Newton run, where there are so many at first."""
-    return directions << min(step // GROWTH, DOUBLINGS)
+    return directions << min(step // GROWTH, doublings)
 
 
-def last_doubling(steps: int) -> int:
+def last_doubling(steps: int, doublings: int) -> int:
     """The last of so many steps of a Gauss-Newton run that had more directions than the one before it; 0 if none."""
-    return GROWTH * min(max(0, steps - 1) // GROWTH, DOUBLINGS)
+    return GROWTH * min(max(0, steps - 1) // GROWTH, doublings)
 
 
-BEFORE = {"final_norm": "frozen", "own_texts": 0.0}  # what runs and styles did from before there were such settings
+# What runs and styles did that are from before there were such settings.
+BEFORE = {"final_norm": "frozen", "own_texts": 0.0, "doublings": 2}
 PRIVATE = ("images", "texts", "device", "memory", "offload")  # where things lie on this machine
 
 
@@ -87,6 +88,8 @@ class Recipe:
                               choices=("auto", "tuned", "frozen"))  # fmt: skip
     directions: int = setting(0, "gauss-newton: directions per level, at first; else per picture in gain space, "
                               "or per step; 0: left to the method", low=0)  # fmt: skip
+    doublings: int = setting(DOUBLINGS, f"gauss-newton: how often the directions double, every {GROWTH} steps", low=0,
+                             high=6)  # fmt: skip
     noise: str = setting("rademacher", "kind of direction", choices=("rademacher", "gaussian"))
     eps: float = setting(0.01, "size of the perturbation; relative, but for the absolute form", low=1e-8, high=1.0)
     clip: float = setting(0.0, "clip of the directional derivative; 0: the running quantile", low=0.0)

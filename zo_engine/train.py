@@ -800,7 +800,7 @@ class Training:
         }
         facts = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in facts.items()}
         facts["items"] = [v if math.isfinite(v) else None for v in items]
-        since = last_doubling(self.method.step) if isinstance(self.method, GaussNewton) else 0
+        since = last_doubling(self.method.step, self.method.doublings) if isinstance(self.method, GaussNewton) else 0
         if (trend := convergence.trend([*self.evaluations, facts], since)) and trend.flat:
             facts["flat"] = trend.sentence
         if self._note(facts):  # kept before it is said to be the best: never a best one that is not there
