@@ -173,9 +173,8 @@ class Reading:
 
     def _choices(self) -> Tensor:
         """The logits of each token and its rivals [places that have some, 1 + m]."""
-        asked = self.asked
-        found = self.found if self.logits is None else self.logits.gather(1, asked.clamp(min=0))
-        return found.masked_fill(asked == IGNORED, -torch.inf)[self.parted]
+        found = self.found if self.logits is None else self.logits.gather(1, self.asked.clamp(min=0))
+        return found.masked_fill(self.asked == IGNORED, -torch.inf)[self.parted]
 
 
 def _readings(model: nn.Module, batch: Batch, most: int) -> Iterator[Reading]:
@@ -362,10 +361,6 @@ class Choosing(Language):
         right = torch.tensor([question.right for question in questions], device=self.device)
         return Choices(tuple(stack(column).to(self.device) for column in columns), right)
 
-    def batch(self, step: int, size: int, stream: int = TRAINING) -> Choices:
-        rng = np.random.Generator(np.random.Philox(key=self.seed, counter=[0, 0, stream, step]))
-        return self._stacked([self.train[i] for i in turns(rng, len(self.train), size)])
-
     def evaluation(self, items: int) -> list[Choices]:
         chosen = self.held_out[:items]
         return [self._stacked(chosen[i : i + 64]) for i in range(0, len(chosen), 64)]
@@ -438,15 +433,23 @@ def answers(
     Greedy without `seeds`; else sampled, with one seed a prompt: no global generator is read or written. `plain`: the
     first message's text is not answered but gone on with. `together` bounds the prompts of one call.
     """
-    texts = []
     begun = (lambda prompt: beginning_ids(tokenizer, prompt[0].content)) if plain else partial(prompt_ids, tokenizer)
-    for start in range(0, len(prompts), together):
-        tokens, mask = left_padded([begun(prompt) for prompt in prompts[start : start + together]], padding(tokenizer))
+    rows = [begun(prompt) for prompt in prompts]
+    found = _written(model, rows, padding(tokenizer), most, seeds, together, temperature, top_p)
+    return tokenizer.batch_decode(found, skip_special_tokens=True)
+
+
+def _written(
+    model: PreTrainedModel, rows: Sequence[Sequence[int]], filler: int, most: int, seeds: Sequence[int] | None,
+    together: int, temperature: float = 1.0, top_p: float = 1.0,
+) -> list[list[int]]:  # fmt: skip
+    """`generated`, and `ended`, of rows that are given as they are, `together` of them a call."""
+    found = []
+    for start in range(0, len(rows), together):
+        tokens, mask = (t.to(model.device) for t in left_padded(rows[start : start + together], filler))
         given = None if seeds is None else seeds[start : start + together]
-        found = generated(model, tokens.to(model.device), mask.to(model.device), padding(tokenizer), most, given,
-                          temperature, top_p)  # fmt: skip
-        texts += tokenizer.batch_decode(found, skip_special_tokens=True)
-    return texts
+        found += ended(model, generated(model, tokens, mask, filler, most, given, temperature, top_p))
+    return found
 
 
 def padding(tokenizer: PreTrainedTokenizerBase) -> int:
@@ -501,17 +504,10 @@ def own_texts(
     together: rows of one call, at most; 0: all.
     """
     where = openings(tokenizer)
-    kinds, together = bool(where.plain) + bool(where.asking), together or OWN
-    room = min(OWN_TOKENS, length - where.longest)
+    kinds, room = bool(where.plain) + bool(where.asking), min(OWN_TOKENS, length - where.longest)
 
     def written(rows: list[list[int]], room: int, seed: int) -> list[list[int]]:
-        found = []
-        for start in range(0, len(rows), together):
-            tokens, mask = left_padded(rows[start : start + together], padding(tokenizer))
-            seeds = [seed + start + i for i in range(len(tokens))]
-            found += ended(model, generated(model, tokens.to(model.device), mask.to(model.device), padding(tokenizer),
-                                            room, seeds))  # fmt: skip
-        return found
+        return _written(model, rows, padding(tokenizer), room, range(seed, seed + len(rows)), together or OWN)
 
     examples = []
     if where.plain and room > 0:
