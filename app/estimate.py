@@ -16,7 +16,7 @@ from app.figures import size
 from app.jobs import Jobs
 from zo_engine import dataset, doctor
 from zo_engine.hub import arrived, find, repository
-from zo_engine.recipe import DIRECTIONS, Recipe, RecipeError, budgeted, directions_at
+from zo_engine.recipe import Recipe, RecipeError, budgeted
 from zo_engine.run import Run, RunError
 
 LOOKED_AT = 40  # of the newest runs
@@ -32,6 +32,7 @@ COST = (
     "reward",
     "directions",
     "doublings",
+    "doubles",
     "optimizer",
     "prior",
     "own_texts",
@@ -149,9 +150,7 @@ def _rows(settings: Recipe) -> int:
     """What all steps cost together, in forward passes of a picture or text: later ones may cost more than the first."""
     if settings.optimizer != "gauss-newton":
         return settings.steps
-    return sum(
-        directions_at(settings.directions or DIRECTIONS, step, settings.doublings) for step in range(settings.steps)
-    )
+    return sum(settings.directions_at(step) * settings.batch_at(step) for step in range(settings.steps))
 
 
 def pixels_of(buckets: list[tuple[int, int]], sizes: list[tuple[int, int]]) -> int:

@@ -256,11 +256,13 @@ class Training:
                 model,
                 ("size", f"{resolution.replace(',', ', ')} pixels"),
             ]
+        steps = recipes.budgeted(settings).steps
+        batches = " to ".join(f"{settings.batch_at(step):,}" for step in sorted({0, steps - 1}))
         found = self.streamed(draft)
         needs = estimate(settings, work, self.place.jobs, self.place.machine(), found.facts if found else {})
         rows = [
             *taught,
-            ("length", f"{recipes.budgeted(settings).steps:,} steps of {settings.batch_size} {unit}"),
+            ("length", f"{steps:,} steps of {batches} {unit}"),
             ("time", time_needed(needs)),
             *memory_needed(needs, found),
             ("disk", disk_needed(needs)),

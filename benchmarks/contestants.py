@@ -98,11 +98,11 @@ def price(studio: Studio, training: Training) -> float:
     blocks = len(studio.model.get_submodule(found[0].blocks)) if found[0].blocks else 0  # without: all in one level
     shares = [(blocks - level.first + 0.25) / (blocks + 0.25) for level in found]
     if isinstance(method, GaussNewton):
-        rows = [count + 1 for count in method.counts(method.step)]
+        rows, examples = [count + 1 for count in method.counts(method.step)], training.lesson_size(method.step)
         rows[-1] += len(studio.task.tries) + 1  # with a reward, of which fewer answers may be learnt, at most
         training.step()
         each = sum(share * count + (1 - share) for share, count in zip(shares, rows, strict=True))
-        return each * recipe.batch_size / PICTURES
+        return each * examples / PICTURES
     directions = method.per_step / (recipe.batch_size if recipe.space == "gain" else 1)
     probes = 2 * directions + (3 if training.step().search else 0)
     return (1 - shares[-1] + shares[-1] * probes) * recipe.batch_size / PICTURES

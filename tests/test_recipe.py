@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from zo_engine import recipe as recipes
-from zo_engine.recipe import Recipe, RecipeError, dump, load, make
+from zo_engine.recipe import GROWTH, Recipe, RecipeError, dump, load, make
 
 OTHER = {str: "other", int: 99, tuple[str, ...]: ("a [trigger] sun", 'quotes " \\ ü\n')}
 
@@ -266,3 +266,22 @@ def test_a_budget_scales_the_steps_and_keeps_the_places_of_previews():
         assert (found.steps, found.preview_every, found.budget) == (steps, previews, "normal")
         assert recipes.budgeted(found) is found  # a run's own recipe has it already
     assert recipes.budgeted(Recipe(steps=1, preview_every=0, budget="quick")).steps == 1
+
+
+def test_what_doubles_is_the_batch_of_given_texts_and_else_the_directions(tmp_path):
+    texts, pictures = Recipe(texts="a.jsonl"), Recipe(images=str(tmp_path))
+    late = 3 * GROWTH
+    for recipe, batch, directions in (
+        (texts, 128, 96),
+        (pictures, 16, 768),
+        (dataclasses.replace(texts, reward="json"), 16, 768),
+        (dataclasses.replace(texts, doubles="directions", doublings=1), 16, 192),
+        (dataclasses.replace(pictures, doubles="batch", directions=10, doublings=2), 64, 10),
+    ):
+        assert (recipe.batch_at(0), recipe.directions_at(0)) == (16, recipe.directions or 96)
+        assert (recipe.batch_at(GROWTH - 1), recipe.batch_at(late)) == (16, batch)
+        assert recipe.directions_at(late) == recipe.directions_at(100 * late) == directions
+        kept = recipes.make(recipe.public())  # without its texts
+        assert (kept.batch_at(late), kept.directions_at(late)) == (batch, directions)
+    slopes = dataclasses.replace(texts, optimizer="sgd", doubles="batch")
+    assert not slopes.grows_batch and slopes.batch_at(late) == 16

@@ -22,7 +22,8 @@ from zo_engine.style import load_style, make_method, make_space, theta_of, views
 from zo_engine.tasks.text import choose, own_texts, stack, token_features, token_losses
 
 ROWS = [{"text": f"{'fine' if i % 2 else 'dull'} {i}", "label": "good" if i % 2 else "bad"} for i in range(16)]
-TODAY = {"final_norm": "auto", "own_texts": 0.25, "doublings": 3}  # settings that there were not always
+# Settings that there were not always.
+TODAY = {"final_norm": "auto", "own_texts": 0.25, "doublings": 3, "doubles": "auto"}
 
 
 @pytest.fixture(scope="module")
@@ -102,7 +103,7 @@ def test_layers_by_name_move_alone_and_a_style_of_them_replays(recipe, tmp_path)
 
 @pytest.mark.parametrize("settings", [{"reward": "length:12", "final_norm": "frozen"}, {"final_norm": "auto"}])
 def test_runs_and_styles_from_before_there_were_such_settings_stay_what_they_were(recipe, tmp_path, settings):
-    mine = dataclasses.replace(recipe, steps=3, own_texts=0.0, doublings=2, **settings)
+    mine = dataclasses.replace(recipe, steps=3, own_texts=0.0, doublings=2, doubles="directions", **settings)
     assert "model.norm" in training.prepare(dataclasses.replace(mine, **TODAY), tmp_path).space.views
     studio = training.prepare(mine, tmp_path)
     assert not any("norm" in name for name in studio.space.views)
@@ -117,9 +118,28 @@ def test_runs_and_styles_from_before_there_were_such_settings_stay_what_they_wer
     del metadata[sealed.DIGEST]
     sealed.write(tmp_path / "old.safetensors", tensors, metadata | {"recipe": json.dumps(before)})
     old = load_style(tmp_path / "old.safetensors")
-    assert not old.recipe.tunes_norm and old.recipe.doublings == 2
+    assert not old.recipe.tunes_norm and old.recipe.doublings == 2 and not old.recipe.grows_batch
     found = theta_of(old, make_space(views_of(studio.model, old.recipe), old.recipe), studio.code_hash)
     assert torch.equal(found, theta_of(load_style(run.style_file), studio.space, studio.code_hash))
+
+
+def test_batches_of_texts_double_up_to_all_there_are(recipe, tmp_path, monkeypatch):
+    """And directions do not; a resumed run goes on with the same batches, and a style replays as the run did."""
+    monkeypatch.setattr(recipes, "GROWTH", 1)
+    studio = training.prepare(dataclasses.replace(recipe, steps=4, batch_size=4), tmp_path / "cache")
+    assert len(studio.task.train) == 12
+    asked, lesson = [], studio.task.lesson
+    monkeypatch.setattr(studio.task, "lesson", lambda step, size: asked.append(size) or lesson(step, size))
+    whole = go(studio, tmp_path / "whole")
+    assert asked == [4, 8, 8, 12, 12, 12, 12, 12]  # of a step, and of the next one, on which its moves are tried
+    assert len({len(record.weights) for record in whole.journal()}) == 1
+    broken = go(studio, tmp_path / "broken", stop_after=2)
+    go(studio, tmp_path / "broken")
+    assert results(broken) == results(whole)
+    style, theta = load_style(whole.journal_style_file), load_style(whole.style_file)
+    found = theta_of(style, make_space(views_of(studio.model, style.recipe), style.recipe), studio.code_hash)
+    assert style.recipe.grows_batch and found.any()
+    assert torch.equal(found, theta_of(theta, studio.space, studio.code_hash))
 
 
 def test_a_style_tells_of_the_norm_though_it_does_not_tell_of_the_texts(recipe, tmp_path):

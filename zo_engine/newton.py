@@ -37,7 +37,7 @@ from torch import Tensor
 from zo_engine.journal import Move, short
 from zo_engine.noise import Layout, directions
 from zo_engine.probes import Probes
-from zo_engine.recipe import DOUBLINGS, directions_at
+from zo_engine.recipe import DOUBLINGS, doubled
 
 DAMPINGS = (0.03, 0.3)  # lambda, in units of the mean diagonal of Z'J'JZ
 SHARES = (0.2, 0.35, 0.6, 1.0)  # of the solution's way
@@ -70,7 +70,7 @@ class GaussNewton:
     ):
         """layout: of the whole theta. parts: the tensors that one direction moves, which make it up; a probe of the
         last part runs all that any part needs. per_part: directions of every part at first, and doublings: how often
-        they double (`recipe.directions_at`)."""
+        they double (`recipe.doubled`)."""
         self.layout, self.parts, self.seed, self.kind, self.eps = layout, list(parts), seed, kind, eps
         self.per_part, self.doublings = list(per_part), doublings
         self.theta = torch.zeros(layout.size, device=device)
@@ -79,7 +79,7 @@ class GaussNewton:
 
     def counts(self, step: int) -> list[int]:
         """Directions of every part in a step, at most one an element."""
-        wanted = (directions_at(count, step, self.doublings) for count in self.per_part)
+        wanted = (doubled(count, step, self.doublings) for count in self.per_part)
         return [min(count, part.size) for count, part in zip(wanted, self.parts, strict=True)]
 
     def directions(self) -> list[Tensor]:

@@ -40,7 +40,7 @@ from zo_engine.newton import TRIES, GaussNewton
 from zo_engine.offload import ALIGNED, Block, block_names, end_names, piece_rows, tensors
 from zo_engine.probes import Probes, Space, evaluate
 from zo_engine.quantize import READ, outline, quantization_of
-from zo_engine.recipe import DIRECTIONS, DOUBLINGS, Recipe, directions_at
+from zo_engine.recipe import Recipe
 from zo_engine.style import make_method, make_space, views_of
 from zo_engine.tasks.diffusion import Batch as Pictures
 from zo_engine.tasks.diffusion import flow_errors
@@ -232,17 +232,16 @@ class Work:
     @classmethod
     def of(cls, recipe: Recipe, length: int, size: tuple[int, int] | None, dtype: torch.dtype) -> "Work":
         """What the largest step of a run will do."""
-        count = recipe.directions
-        if recipe.optimizer == "gauss-newton":
-            count = directions_at(count or DIRECTIONS, recipe.steps - 1, recipe.doublings)
+        last = recipe.steps - 1
+        count = recipe.directions_at(last) if recipe.optimizer == "gauss-newton" else recipe.directions
         how = recipe.space, recipe.optimizer, recipe.columns, recipe.noise, recipe.layers, recipe.tunes_norm
-        return cls(recipe.batch_size, length, size, recipe.depth, count, dtype, *how)
+        return cls(recipe.batch_at(last), length, size, recipe.depth, count, dtype, *how)
 
     def method(self, model: nn.Module, device: str = "meta", streams: bool = False) -> tuple[Space, GaussNewton | ZO]:
         """The space and the method of a run on the model, as training makes them; streams: if blocks of it do."""
         count = self.directions
         if self.optimizer == "gauss-newton":
-            count = count or directions_at(DIRECTIONS, Recipe().steps - 1, DOUBLINGS)
+            count = count or Recipe().directions_at(Recipe().steps - 1)
         recipe = Recipe(
             batch_size=self.batch, depth=self.depth, directions=count, space=self.space, optimizer=self.optimizer,
             columns=self.columns, noise=self.noise, layers=self.layers,

@@ -18,23 +18,23 @@ import tomli_w
 from zo_engine.rewards import beside, is_file
 
 DIRECTIONS = 96  # of every level in a Gauss-Newton step, at first
-GROWTH = 12  # steps after which they double: early on a new look at the loss is worth more than a wider one
+GROWTH = 12  # steps after which they, or the batch, double: early on a new look is worth more than a wider one
 DOUBLINGS = 3
 BUDGETS = {"quick": 1 / 3, "normal": 1.0, "thorough": 2.0}  # of the recipe's steps
 
 
-def directions_at(directions: int, step: int, doublings: int) -> int:
-    """Directions of a level at a step of a Gauss-Newton run, where there are so many at first."""
-    return directions << min(step // GROWTH, doublings)
+def doubled(count: int, step: int, doublings: int) -> int:
+    """Directions of a level, or examples, at a step of a Gauss-Newton run, where there are so many at first."""
+    return count << min(step // GROWTH, doublings)
 
 
 def last_doubling(steps: int, doublings: int) -> int:
-    """The last of so many steps of a Gauss-Newton run that had more directions than the one before it; 0 if none."""
+    """The last of so many steps of a Gauss-Newton run that looked wider than the one before it; 0 if none."""
     return GROWTH * min(max(0, steps - 1) // GROWTH, doublings)
 
 
 # What runs and styles did that are from before there were such settings.
-BEFORE = {"final_norm": "frozen", "own_texts": 0.0, "doublings": 2}
+BEFORE = {"final_norm": "frozen", "own_texts": 0.0, "doublings": 2, "doubles": "directions"}
 PRIVATE = ("images", "texts", "device", "memory", "offload")  # where things lie on this machine
 
 
@@ -88,8 +88,11 @@ class Recipe:
                               choices=("auto", "tuned", "frozen"))  # fmt: skip
     directions: int = setting(0, "gauss-newton: directions per level, at first; else per picture in gain space, "
                               "or per step; 0: left to the method", low=0)  # fmt: skip
-    doublings: int = setting(DOUBLINGS, f"gauss-newton: how often the directions double, every {GROWTH} steps", low=0,
-                             high=6)  # fmt: skip
+    doublings: int = setting(DOUBLINGS, f"gauss-newton: how often a step looks twice as wide, every {GROWTH} steps",
+                             low=0, high=6)  # fmt: skip
+    doubles: str = setting("auto", "gauss-newton: what doubles, the directions or the batch, up to all there is; auto: "
+                           "the batch where texts are given, else directions",
+                           choices=("auto", "directions", "batch"))  # fmt: skip
     noise: str = setting("rademacher", "kind of direction", choices=("rademacher", "gaussian"))
     eps: float = setting(0.01, "size of the perturbation; relative, but for the absolute form", low=1e-8, high=1.0)
     clip: float = setting(0.0, "clip of the directional derivative; 0: the running quantile", low=0.0)
@@ -174,12 +177,29 @@ class Recipe:
         """Whether some of every batch is what the base writes by itself."""
         return self.own_texts > 0 and not (self.images or self.task or self.reward)
 
+    @property
+    def grows_batch(self) -> bool:
+        """Whether later steps of Gauss-Newton look at more examples, in place of along more directions. Texts differ
+        more than pictures under noise do: few of them do not tell which answer is right."""
+        given = self.doubles == "batch" or self.doubles == "auto" and bool(self.texts) and not self.reward
+        return given and self.optimizer == "gauss-newton"
+
+    def directions_at(self, step: int) -> int:
+        """Directions of a level at a step of Gauss-Newton, where the level has as many as others."""
+        return doubled(self.directions or DIRECTIONS, step, 0 if self.grows_batch else self.doublings)
+
+    def batch_at(self, step: int) -> int:
+        """Examples of a step, where there are so many."""
+        return doubled(self.batch_size, step, self.doublings if self.grows_batch else 0)
+
     def public(self) -> dict[str, Any]:
         """The settings that may leave the machine: without folders."""
         values = {f.name: _plain(getattr(self, f.name)) for f in fields(self) if f.name not in PRIVATE}
         if is_file(self.reward):
             values["reward"] = ""  # a style names no code
-        values["final_norm"] = "tuned" if self.tunes_norm else "frozen"  # with what is left out, nobody could tell
+        # With what is left out, nobody could tell:
+        values["final_norm"] = "tuned" if self.tunes_norm else "frozen"
+        values["doubles"] = "batch" if self.grows_batch else "directions"
         return values | {"model": named(self.model)}
 
 

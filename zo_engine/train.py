@@ -742,7 +742,7 @@ class Training:
         if isinstance(self.method, GaussNewton):
             with self.studio.space.folded(theta):
                 # Moves are tried on the next step's lesson, so that no example is seen only for that.
-                lesson, trial = (task.lesson(number, recipe.batch_size) for number in (step, step + 1))
+                lesson, trial = (task.lesson(number, self.lesson_size(number)) for number in (step, step + 1))
             made, total = 0, len(lesson) * self.method.cost(step)
 
             def outcomes(level: int, probes: Probes, fresh: bool) -> Tensor:
@@ -764,6 +764,11 @@ class Training:
 
         schedule = trapezoid(step, recipe.steps, recipe.warmup, recipe.decay)
         return self.method.advance(losses, recipe.batch_size, recipe.space == "gain", schedule)
+
+    def lesson_size(self, step: int) -> int:
+        """Examples that a Gauss-Newton step learns from; no batch of texts grows beyond all that there are."""
+        size, task = self.recipe.batch_at(step), self.studio.task
+        return max(self.recipe.batch_size, min(size, len(task.train))) if isinstance(task, Language) else size
 
     def attempt(self, phase: str, run: Callable[[], Any]) -> Any:
         """run(); where the device's memory was not enough and `memory` leaves it to us, once more with half the rows.
@@ -800,7 +805,7 @@ class Training:
         }
         facts = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in facts.items()}
         facts["items"] = [v if math.isfinite(v) else None for v in items]
-        since = last_doubling(self.method.step, self.method.doublings) if isinstance(self.method, GaussNewton) else 0
+        since = last_doubling(self.method.step, self.recipe.doublings) if isinstance(self.method, GaussNewton) else 0
         if (trend := convergence.trend([*self.evaluations, facts], since)) and trend.flat:
             facts["flat"] = trend.sentence
         if self._note(facts):  # kept before it is said to be the best: never a best one that is not there

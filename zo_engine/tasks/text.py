@@ -259,7 +259,7 @@ class Language:
 
     one_pass = ("losses", "outcomes")  # pass through the model once, so that what lies before a level can be replayed
     # Large dampings, too: probabilities near 0 and 1 hide their curvature.
-    tries = tuple((damping, share) for damping in (1.0, 10.0, 100.0, 1000.0) for share in (0.35, 1.0))
+    tries = tuple((damping, share) for damping in (0.1, 1.0, 10.0, 100.0) for share in (0.35, 1.0))
 
     def __init__(
         self,
