@@ -168,7 +168,7 @@ def main() -> None:
     chosen = {PAPER if setting == "published" else setting: value for setting, value in chosen.items()}
     if given.anew:
         chosen, memory = ({c: v for c, v in found.items() if c not in contestants} for found in (chosen, memory))
-    pictures = (recipe.steps + 1) * recipe.batch_size  # that our run sees; the last move is tried on a batch of its own
+    pictures = sum(map(recipe.batch_at, range(recipe.steps + 1)))  # that our run sees: the last move is tried on some
     steps = given.published_steps, given.adam_steps or (60 if recipe.texts else 240), -(-pictures // PICTURES)
     fresh = {} if given.anew else {c: set(curves) for c, curves in results.items()}
     for seed in given.seeds:
@@ -313,8 +313,8 @@ def write_all() -> Path:
         name = file.stem.removeprefix("learning-").replace("learning", "tarot")
         verdicts.append(f"| {name} | " + " | ".join(said(targets(curves))) + " |")
         lines += [f"## {name}", "", "| | seeds | passes | held-out loss | processor seconds | memory, inference = 1 "
-                  "| accuracy, unseen texts | perplexity of the base's paragraphs, chats |",
-                  "|---|---|---|---|---|---|---|---|"]  # fmt: skip
+                  "| accuracy, unseen texts | written just so | perplexity of the base's paragraphs, chats |",
+                  "|---|---|---|---|---|---|---|---|---|"]  # fmt: skip
         start = {seed: curve[0] for seed, curve in curves.get(OURS, {}).items()}
         rows = {"start": {seed: [point] for seed, point in start.items()}} | {
             n: curves[n] for n in CONTESTANTS if n in curves
@@ -328,7 +328,7 @@ def write_all() -> Path:
             lines.append(
                 f"| {contestant} | {', '.join(by_seed)} | {max(c[-1][0] for c in by_seed.values()):,.0f} | {losses} | "
                 f"{every('processor seconds', '{:.0f}'.format)} | {ratio} | {every('accuracy', '{:.0%}'.format)} | "
-                f"{' / '.join(part for part in lost if part)} |"
+                f"{every('exact', '{:.0%}'.format)} | {' / '.join(part for part in lost if part)} |"
             )
         lines.append("")
     path = RESULTS / "arena.md"

@@ -7,7 +7,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from common import CHECKOUT
 from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
 from world import chat, example_set, paragraph
 
 from assets import pack
@@ -25,7 +26,7 @@ from zo_engine.noise import tensor_id
 from zo_engine.recipe import Recipe
 from zo_engine.scales import find_scales, formats_of
 from zo_engine.tasks.reward import Rewarded
-from zo_engine.tasks.text import stack, token_losses
+from zo_engine.tasks.text import ended, generated, left_padded, padding, stack, token_losses
 from zo_engine.tokens import IGNORED, Tokens
 from zo_engine.train import Studio, measured, prepare
 
@@ -153,6 +154,8 @@ class Judge:
                     task.model = studio.model
                     losses = [task.losses(b) for b in task.evaluation(self.unseen.recipe.evaluate_items)]
                     found = {"loss": torch.cat(losses).mean().item()} | task.figures()
+                    if task.questions:
+                        found["exact"] = exactly(studio.model, studio.preview.tokenizer, task.held_out)
             for kind, texts in self.own.items():
                 found[f"perplexity of {kind}"] = math.exp(loss_a_token(studio.model, texts))
         return found
@@ -175,6 +178,20 @@ def unseen(task: str, recipe: Recipe) -> Studio:
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text("".join(f"{row}\n" for row in rows[len(seen) :]))
     return prepare(dataclasses.replace(recipe, texts=str(file), holdout=0.0, evaluate_items=TESTED), CACHE)
+
+
+def exactly(model: nn.Module, tokenizer: PreTrainedTokenizerBase, examples: Sequence[Tokens]) -> float:
+    """The share of examples whose answer a model writes just so, always by the likeliest token, and ends there. A right
+    choice by likelihood may still be written as something else."""
+    right, filler = 0, padding(tokenizer)
+    for start in range(0, len(examples), 50):
+        part = examples[start : start + 50]
+        prompts = [[i for i, label in zip(e.ids, e.labels, strict=True) if label == IGNORED] for e in part]
+        wanted = [[label for label in e.labels if label != IGNORED] for e in part]
+        tokens, mask = (t.to(model.device) for t in left_padded(prompts, filler))
+        found = ended(model, generated(model, tokens, mask, filler, max(map(len, wanted))))
+        right += sum(a == b for a, b in zip(found, wanted, strict=True))
+    return right / len(examples)
 
 
 def rewarded(task: Rewarded) -> dict[str, float]:
