@@ -257,7 +257,7 @@ class Training:
                 ("size", f"{resolution.replace(',', ', ')} pixels"),
             ]
         steps = recipes.budgeted(settings).steps
-        batches = " to ".join(f"{settings.batch_at(step):,}" for step in sorted({0, steps - 1}))
+        batches = " to ".join(f"{size:,}" for size in sorted({settings.batch_at(0), settings.batch_at(steps - 1)}))
         found = self.streamed(draft)
         needs = estimate(settings, work, self.place.jobs, self.place.machine(), found.facts if found else {})
         rows = [
