@@ -26,7 +26,7 @@ from zo_engine.noise import tensor_id
 from zo_engine.recipe import Recipe
 from zo_engine.scales import find_scales, formats_of
 from zo_engine.tasks.reward import Rewarded
-from zo_engine.tasks.text import ended, generated, left_padded, padding, stack, token_losses
+from zo_engine.tasks.text import continued, padding, stack, token_losses
 from zo_engine.tokens import IGNORED, Tokens
 from zo_engine.train import Studio, measured, prepare
 
@@ -183,15 +183,10 @@ def unseen(task: str, recipe: Recipe) -> Studio:
 def exactly(model: nn.Module, tokenizer: PreTrainedTokenizerBase, examples: Sequence[Tokens]) -> float:
     """The share of examples whose answer a model writes just so, always by the likeliest token, and ends there. A right
     choice by likelihood may still be written as something else."""
-    right, filler = 0, padding(tokenizer)
-    for start in range(0, len(examples), 50):
-        part = examples[start : start + 50]
-        prompts = [[i for i, label in zip(e.ids, e.labels, strict=True) if label == IGNORED] for e in part]
-        wanted = [[label for label in e.labels if label != IGNORED] for e in part]
-        tokens, mask = (t.to(model.device) for t in left_padded(prompts, filler))
-        found = ended(model, generated(model, tokens, mask, filler, max(map(len, wanted))))
-        right += sum(a == b for a, b in zip(found, wanted, strict=True))
-    return right / len(examples)
+    prompts = [[i for i, label in zip(e.ids, e.labels, strict=True) if label == IGNORED] for e in examples]
+    wanted = [[label for label in e.labels if label != IGNORED] for e in examples]
+    found = continued(model, prompts, padding(tokenizer), max(map(len, wanted)), None, 50)
+    return float(np.mean([a == b for a, b in zip(found, wanted, strict=True)]))
 
 
 def rewarded(task: Rewarded) -> dict[str, float]:

@@ -435,11 +435,11 @@ def answers(
     """
     begun = (lambda prompt: beginning_ids(tokenizer, prompt[0].content)) if plain else partial(prompt_ids, tokenizer)
     rows = [begun(prompt) for prompt in prompts]
-    found = _written(model, rows, padding(tokenizer), most, seeds, together, temperature, top_p)
+    found = continued(model, rows, padding(tokenizer), most, seeds, together, temperature, top_p)
     return tokenizer.batch_decode(found, skip_special_tokens=True)
 
 
-def _written(
+def continued(
     model: PreTrainedModel, rows: Sequence[Sequence[int]], filler: int, most: int, seeds: Sequence[int] | None,
     together: int, temperature: float = 1.0, top_p: float = 1.0,
 ) -> list[list[int]]:  # fmt: skip
@@ -507,7 +507,7 @@ def own_texts(
     kinds, room = bool(where.plain) + bool(where.asking), min(OWN_TOKENS, length - where.longest)
 
     def written(rows: list[list[int]], room: int, seed: int) -> list[list[int]]:
-        return _written(model, rows, padding(tokenizer), room, range(seed, seed + len(rows)), together or OWN)
+        return continued(model, rows, padding(tokenizer), room, range(seed, seed + len(rows)), together or OWN)
 
     examples = []
     if where.plain and room > 0:
