@@ -3,7 +3,8 @@
 A forward is one pass of PICTURES pictures or texts through the whole model; line searches and tried dampings count.
 Where only the last blocks are tuned, a step counts the blocks that it runs: those before them once, the tuned ones for
 every probe, and the output layers as a quarter of a block (measured: 20 ms of 395). A first-order step counts three:
-one forward, and a backward that costs about two.
+one forward, and a backward that costs about two. Where a reward is the aim, answers are written beside that: one for a
+forward of a method of slopes, four for an example of the others, which learn from the best ones.
 """
 
 import copy
@@ -217,7 +218,8 @@ def first_order(studio: Studio, recipe: Recipe, tuned: Tuned, rate: float, every
             for group in adam.param_groups:
                 group["lr"] = rate * min(1.0, (recipe.steps - step) / (0.2 * recipe.steps))
             adam.zero_grad()
-            batch = task.batch(step, PICTURES)  # the first one asks the base for its own answers
+            with torch.no_grad(), tuned.dressed():
+                batch = task.lesson(step, PICTURES)  # the first one asks the base for its own answers
             with tuned.dressed():
                 task.losses(batch).mean().backward()
             adam.step()

@@ -15,7 +15,8 @@ memory that a step needs, counted, with passes of 32 rows.
 A task is a folder of `styles`, or `repair`: tiny-llm, whose scales were multiplied row by row by known log-normal
 numbers, is to answer its own conversations again; its loss before the damage is the known optimum. Results go to
 learning-<task>.json (tarot: learning.json), those of texts to learning-<task>-<quantization>.json; GPTQ and AQLM
-copies of tiny-llm are made where they are missing. Where a reward, which has no gradient, is the aim, ours runs alone.
+copies of tiny-llm are made where they are missing. Where a reward, which has no gradient, is the aim, slopes are those
+of the reward itself, and first order learns, like ours, from the best of the model's own answers.
 The step of least held-out loss is tested on what was neither learnt nor held out, and on the base's own texts
 (`tasks.Judge`); passes in which answers are written are not counted. What a forward is: see `contestants`. The file is
 written after every curve, and a curve that is in it is not made again, but with --anew.
@@ -156,7 +157,8 @@ def main() -> None:
     recipe = recipe_of(given.task, given.quantization)
     name = "learning" if given.task == "tarot" else f"learning-{given.task}"
     name += f"-{recipe.quantization}" if recipe.texts else ""
-    fitting = (OURS,) if recipe.reward else tuple(c for c in CONTESTANTS if c != LONGER or recipe.images)
+    beside = {LONGER: bool(recipe.images), FEW: not recipe.reward}  # what fits some tasks only
+    fitting = tuple(c for c in CONTESTANTS if beside.get(c, True))
     contestants = given.only or fitting
     file = RESULTS / f"{name}.json"
     before = json.loads(file.read_text()) if file.exists() else {}
