@@ -36,6 +36,7 @@ from zo_engine.train import Studio, Training
 PICTURES = 32  # of one forward, and of one step of the published form and of first order
 PUBLISHED = {
     "batch_size": PICTURES,
+    "directions": 0,  # one a step
     "space": "absolute",
     "depth": 1.0,
     "layers": (),
