@@ -243,21 +243,24 @@ class Training:
         if settings.texts:
             found = read(self.place.jobs, draft)
             work, count = found.longest, found.usable
-            held = f"{count:,}, of which {dataset.held_out(count, settings.holdout)} are kept out to measure with"
-            taught = [("texts", held if count > 0 else "they are being read"), model]
+            held = dataset.held_out(count, settings.holdout)
+            said = f"{count:,}, of which {held} are kept out to measure with"
+            taught = [("texts", said if count > 0 else "they are being read"), model]
         else:
             contents = draft.contents()
             resolution = settings.resolution or (known.resolution if known else "512")
             work = pixels_of(draft.buckets(), [picture.size for picture in contents.pictures.values()])
-            held = dataset.held_out(len(contents.pictures), settings.holdout)
+            count = len(contents.pictures)
+            held = dataset.held_out(count, settings.holdout)
             taught = [
-                ("pictures", f"{len(contents.pictures)}, of which {held} are kept out to measure with"),
+                ("pictures", f"{count}, of which {held} are kept out to measure with"),
                 ("trigger", settings.trigger or "none"),
                 model,
                 ("size", f"{resolution.replace(',', ', ')} pixels"),
             ]
         steps = recipes.budgeted(settings).steps
-        batches = " to ".join(f"{size:,}" for size in sorted({settings.batch_at(0), settings.batch_at(steps - 1)}))
+        sizes = sorted({settings.batch_at(step, max(0, count - held)) for step in (0, steps - 1)})
+        batches = " to ".join(f"{size:,}" for size in sizes)
         found = self.streamed(draft)
         needs = estimate(settings, work, self.place.jobs, self.place.machine(), found.facts if found else {})
         rows = [

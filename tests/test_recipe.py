@@ -283,5 +283,7 @@ def test_what_doubles_is_the_batch_of_given_texts_and_else_the_directions(tmp_pa
         assert recipe.directions_at(late) == recipe.directions_at(100 * late) == directions
         kept = recipes.make(recipe.public())  # without its texts
         assert (kept.batch_at(late), kept.directions_at(late)) == (batch, directions)
+    assert [texts.batch_at(late, examples) for examples in (0, 5, 90, 500)] == [128, 16, 90, 128]
+    assert dataclasses.replace(pictures, doubles="batch").batch_at(late, 20) == 128  # under other noise
     slopes = dataclasses.replace(texts, optimizer="sgd", doubles="batch")
     assert not slopes.grows_batch and slopes.batch_at(late) == 16

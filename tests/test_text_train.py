@@ -10,10 +10,11 @@ import torch
 from test_train import go
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from zo_engine import card, sealed
+from zo_engine import card, plan, sealed
 from zo_engine import recipe as recipes
 from zo_engine import train as training
 from zo_engine.apply import open_style
+from zo_engine.dataset import DataError
 from zo_engine.hub import ModelError, check, check_pipeline, is_language, language_files, wanted_files
 from zo_engine.inspection import inspect
 from zo_engine.recipe import Recipe
@@ -99,6 +100,20 @@ def test_layers_by_name_move_alone_and_a_style_of_them_replays(recipe, tmp_path)
     assert {name.removeprefix("model.").removesuffix(".rows") for name in theta.tensors} == wanted
     found = theta_of(journal, make_space(views_of(studio.model, journal.recipe), journal.recipe), studio.code_hash)
     assert found.any() and torch.equal(found, theta_of(theta, studio.space, studio.code_hash))
+
+
+def test_a_plan_reads_the_texts_and_is_of_the_longest_and_of_as_many_as_there_are(recipe, studio, tmp_path):
+    mine, file = dataclasses.replace(recipe, batch_size=4, steps=40), tmp_path / "recipe.toml"
+    file.write_text(recipes.dump(mine))
+    work = plan.Work.of(mine, studio.task.tokens(), None, torch.bfloat16, studio.examples)
+    assert (work.length, work.batch, studio.examples) == (studio.task.tokens(), 12, 12)  # of 16, 4 are held out
+    assert work.length < mine.length
+    model = plan.outlined(Path(mine.model), "nf4", torch.bfloat16)
+    expected = plan.phased(plan.make(model, work, 7, 0, "cpu"), model, work, {}, mine)
+    assert plan.of(str(file), rows=7) == expected
+    file.write_text(recipes.dump(dataclasses.replace(mine, texts=str(tmp_path / "none.jsonl"))))
+    with pytest.raises(DataError, match="none.jsonl"):
+        plan.of(str(file))
 
 
 @pytest.mark.parametrize("settings", [{"reward": "length:12", "final_norm": "frozen"}, {"final_norm": "auto"}])

@@ -31,8 +31,10 @@ from transformers.quantizers.base import get_keys_to_not_convert
 from transformers.quantizers.quantizers_utils import should_convert_module
 
 from zo_engine import recipe as recipes
+from zo_engine import tokens
 from zo_engine.blocks import Prefix, Replay, answering, levels, relayed
 from zo_engine.cache import encode
+from zo_engine.dataset import held_out
 from zo_engine.hub import MODELS, find, is_language, language_config, read_json, text_length
 from zo_engine.models import TEXT_PARTS, bring_of
 from zo_engine.narrow import FORMS, NarrowLinear
@@ -44,7 +46,7 @@ from zo_engine.recipe import Recipe
 from zo_engine.style import make_method, make_space, views_of
 from zo_engine.tasks.diffusion import Batch as Pictures
 from zo_engine.tasks.diffusion import flow_errors
-from zo_engine.tasks.text import OWN, OWN_TOKENS, token_features, token_losses
+from zo_engine.tasks.text import OWN, token_features, token_losses
 from zo_engine.tasks.text import Batch as Texts
 from zo_engine.zo import ZO
 
@@ -230,12 +232,14 @@ class Work:
     final_norm: bool = False
 
     @classmethod
-    def of(cls, recipe: Recipe, length: int, size: tuple[int, int] | None, dtype: torch.dtype) -> "Work":
-        """What the largest step of a run will do."""
+    def of(
+        cls, recipe: Recipe, length: int, size: tuple[int, int] | None, dtype: torch.dtype, examples: int = 0
+    ) -> "Work":
+        """What the largest step of a run will do; examples: how many there are to learn, if that is known."""
         last = recipe.steps - 1
         count = recipe.directions_at(last) if recipe.optimizer == "gauss-newton" else recipe.directions
         how = recipe.space, recipe.optimizer, recipe.columns, recipe.noise, recipe.layers, recipe.tunes_norm
-        return cls(recipe.batch_at(last), length, size, recipe.depth, count, dtype, *how)
+        return cls(recipe.batch_at(last, examples), length, size, recipe.depth, count, dtype, *how)
 
     def method(self, model: nn.Module, device: str = "meta", streams: bool = False) -> tuple[Space, GaussNewton | ZO]:
         """The space and the method of a run on the model, as training makes them; streams: if blocks of it do."""
@@ -676,7 +680,7 @@ def phased(
     elif recipe.texts or recipe.task:  # as long as prompts may be
         if recipe.keeps_texts:
             rows = made.rows if memory else recipe.rows or OWN
-            found["the base's own texts"] = folded + _peak(lambda: _written(model, min(OWN, rows), OWN_TOKENS))
+            found["the base's own texts"] = folded + _peak(lambda: _written(model, min(OWN, rows), tokens.OWN_TOKENS))
         found["answers"] = folded + _peak(lambda: _written(model, prompts, work.length))
     found["the held-out loss"] = folded + _peak(lambda: _passed(model, work, recipe.evaluate_items, made.rows))
     return dataclasses.replace(made, operations=operations(model, work), phases=found | {"steps": made.device})
@@ -836,7 +840,8 @@ def of(
 ) -> Plan:  # fmt: skip
     """The plan of a recipe file (its own settings count), a model on this machine, or one of SHAPES.
 
-    Raises PlanError, or what a recipe or a model raises, for what is not there.
+    Texts of a recipe are read, with the model's tokenizer, where the model is here: the longest decides. Raises
+    PlanError, or what a recipe, its texts or a model raise, for what is not there.
     """
     recipe = recipes.budgeted(recipes.load(Path(source))) if source.endswith(".toml") else None
     name = recipe.model if recipe else source
@@ -851,13 +856,19 @@ def of(
     pictures = "_class_name" in config
     length = length or ((77 + text_length(folder) if folder else 333) if pictures else 512)
     size = (resolution, resolution) if pictures else None
-    work = Work(batch_size, length, size)
+    work, examples = Work(batch_size, length, size), 0
     if recipe:
         if pictures:
             buckets = recipe.resolution or (MODELS[name].resolution if name in MODELS else str(resolution))
             sides = [tuple(int(n) for n in (b.split("x") if "x" in b else (b, b))) for b in buckets.split(",")]
             size = max(sides, key=math.prod)
-        work = Work.of(recipe, length if pictures else recipe.length, size, work.dtype)
+        elif folder and recipe.texts and not recipe.task:
+            found = tokens.read(recipe, folder)
+            length, count = found.longest, len(found.rendered.examples)
+            examples = count - held_out(count, recipe.holdout)
+        else:
+            length = recipe.length
+        work = Work.of(recipe, length, size, work.dtype, examples)
         memory, rows = memory or recipe.memory, rows or recipe.rows
         offload = offload if recipe.offload == "auto" else recipe.offload
     said = (config.get("quantization_config") or {}).get("quant_method")

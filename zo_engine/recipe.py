@@ -184,13 +184,20 @@ class Recipe:
         given = self.doubles == "batch" or self.doubles == "auto" and bool(self.texts) and not self.reward
         return given and self.optimizer == "gauss-newton"
 
+    @property
+    def wider(self) -> int:
+        """How often the directions of Gauss-Newton double."""
+        return 0 if self.grows_batch else self.doublings
+
     def directions_at(self, step: int) -> int:
         """Directions of a level at a step of Gauss-Newton, where the level has as many as others."""
-        return doubled(self.directions or DIRECTIONS, step, 0 if self.grows_batch else self.doublings)
+        return doubled(self.directions or DIRECTIONS, step, self.wider)
 
-    def batch_at(self, step: int) -> int:
-        """Examples of a step, where there are so many."""
-        return doubled(self.batch_size, step, self.doublings if self.grows_batch else 0)
+    def batch_at(self, step: int, examples: int = 0) -> int:
+        """Examples of a step. No batch of texts grows beyond all that there are to learn, if that is known; pictures
+        are others under each noise."""
+        size = doubled(self.batch_size, step, self.doublings if self.grows_batch else 0)
+        return size if self.images or not examples else max(self.batch_size, min(size, examples))
 
     def public(self) -> dict[str, Any]:
         """The settings that may leave the machine: without folders."""

@@ -80,7 +80,7 @@ def make_method(space: Space, recipe: Recipe, device: torch.device | str = "cpu"
             [space.layout.part(level.layers) for level in found],
             seed=recipe.seed,
             per_part=[level.share(recipe.directions or DIRECTIONS) for level in found],
-            doublings=0 if recipe.grows_batch else recipe.doublings,
+            doublings=recipe.wider,
             kind=recipe.noise,
             eps=recipe.eps,
             device=device,

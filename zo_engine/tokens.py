@@ -16,9 +16,12 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from zo_engine.dataset import DataError
 from zo_engine.hub import IMPOSSIBLE, TOKENIZERS, ModelError, first_line, read_json, some
-from zo_engine.texts import Example, Message, Problem
+from zo_engine.recipe import Recipe
+from zo_engine.texts import Contents, Example, Message, Problem
+from zo_engine.texts import read as read_file
 
 IGNORED = -100  # what cross_entropy of torch passes over
+OWN_TOKENS = 64  # that a text of the base's own has at most, beside those that open it
 
 
 @dataclass(frozen=True)
@@ -45,6 +48,33 @@ class Rendered:
     examples: list[Tokens]
     problems: list[Problem]
     notes: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Texts:
+    """A recipe's texts as its model reads them. limit: tokens of one, at most; own: of one that the base writes by
+    itself, 0 if none are kept."""
+
+    contents: Contents
+    tokenizer: PreTrainedTokenizerBase
+    limit: int
+    own: int
+    rendered: Rendered
+
+    @property
+    def longest(self) -> int:
+        return max(self.own, *(len(tokens.ids) for tokens in self.rendered.examples))
+
+
+def read(recipe: Recipe, folder: Path) -> Texts:
+    """The texts that a recipe names, with the tokenizer in the model's folder. Raises DataError where they cannot be
+    used, ModelError where there is no tokenizer."""
+    columns = dict(entry.split("=", 1) for entry in recipe.text_columns)
+    contents = read_file(recipe.texts, columns, recipe.skip_bad)
+    tokenizer, most = load_tokenizer(folder), limit(folder, recipe.length)
+    own = min(most, OWN_TOKENS + openings(tokenizer).longest) if recipe.keeps_texts else 0
+    rendered = render(tokenizer, contents.examples, most, recipe.completions_only, recipe.skip_bad)
+    return Texts(contents, tokenizer, most, own, rendered)
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:

@@ -58,7 +58,7 @@ from zo_engine.style import (
 from zo_engine.tasks.diffusion import SEARCH, TRAINING, Diffusion, Example, answers, sample
 from zo_engine.tasks.reward import Prompt as Request
 from zo_engine.tasks.reward import Rewarded
-from zo_engine.tasks.text import OWN_TOKENS, Choosing, Kept, Language, Question, own_texts
+from zo_engine.tasks.text import Choosing, Kept, Language, Question, own_texts
 from zo_engine.tasks.text import answers as replies
 from zo_engine.texts import Message
 from zo_engine.zo import ZO, trapezoid
@@ -423,11 +423,8 @@ def prepare_texts(recipe: Recipe, cache_folder: Path, say: Callable[[str], None]
         )
     if recipe.task:
         return prepare_task(recipe, folder, cache_folder, say)
-    columns = dict(entry.split("=", 1) for entry in recipe.text_columns)
-    contents = texts.read(recipe.texts, columns, recipe.skip_bad)
-    tokenizer = models.load_tokenizer(folder)
-    length = tokens.limit(folder, recipe.length)
-    rendered = tokens.render(tokenizer, contents.examples, length, recipe.completions_only, recipe.skip_bad)
+    found = tokens.read(recipe, folder)
+    contents, tokenizer, length, rendered = found.contents, found.tokenizer, found.limit, found.rendered
     notes = [*rendered.notes]
     if length < recipe.length:
         notes.append(f"the model reads {length} tokens at most, so texts are cut there")
@@ -459,9 +456,8 @@ def prepare_texts(recipe: Recipe, cache_folder: Path, say: Callable[[str], None]
     asked = [(Message("user", prompt),) for prompt in recipe.prompts]
     prompts = asked or begun([example for example, _ in (*held_out, *train)])
 
-    own = min(length, OWN_TOKENS + tokens.openings(tokenizer).longest) if recipe.keeps_texts else 0
-    longest = max(own, *(len(t.ids) for t in rendered.examples))
-    recipe, model, space = language_model(recipe, folder, longest, cache_folder, notes, say)
+    work = lambda dtype: plan.Work.of(recipe, found.longest, None, dtype, len(train))  # noqa: E731
+    recipe, model, space = language_model(recipe, folder, work, cache_folder, notes, say)
     learnt = lambda part: [t for _, t in part]  # noqa: E731
     if reward:
         request = lambda e: Request(tuple(tokens.prompt_ids(tokenizer, e.messages[:-1])), e.messages[-2].content,  # noqa: E731
@@ -475,9 +471,9 @@ def prepare_texts(recipe: Recipe, cache_folder: Path, say: Callable[[str], None]
             """What the base writes by itself, whatever has been learnt since."""
             say("asking the base for texts of its own, to keep it as it is")
             with space.folded(torch.zeros(space.layout.size, device=space.home(device))):
-                return own_texts(model, tokenizer, own, seed=recipe.seed, together=recipe.rows)
+                return own_texts(model, tokenizer, found.own, seed=recipe.seed, together=recipe.rows)
 
-        kept = Kept(write, recipe.own_texts, own) if own else None
+        kept = Kept(write, recipe.own_texts, found.own) if found.own else None
         task = Language(model, learnt(train), learnt(judged), questions, seed=recipe.seed, kept=kept, device=device,
                         contrast=contrast)  # fmt: skip
     return Studio(
@@ -496,14 +492,18 @@ def prepare_texts(recipe: Recipe, cache_folder: Path, say: Callable[[str], None]
 
 
 def language_model(
-    recipe: Recipe, folder: Path, longest: int, cache_folder: Path, notes: list[str], say: Callable[[str], None]
+    recipe: Recipe,
+    folder: Path,
+    work: Callable[[torch.dtype], plan.Work],
+    cache_folder: Path,
+    notes: list[str],
+    say: Callable[[str], None],
 ) -> tuple[Recipe, PreTrainedModel, Space]:
-    """The model of a recipe for texts of at most `longest` tokens, with its blocks where the recipe wants them, and the
+    """The model of a recipe for the work of its largest step, with its blocks where the recipe wants them, and the
     space that is tuned of it; the recipe comes back with what was derived."""
     device = pick_device(recipe.device)
     dtype = pick_dtype(recipe.dtype, device)
-    work = plan.Work.of(recipe, longest, None, dtype)
-    recipe, placement = place(recipe, folder, work, device, cache_folder, notes)
+    recipe, placement = place(recipe, folder, work(dtype), device, cache_folder, notes)
     say(f"loading {models.describe(recipe.model).title} in {recipe.quantization}")
     model = models.load_language_model(folder, placement=placement, **form(recipe, device, dtype))
     return recipe, model, tuned(model, recipe, notes)
@@ -525,7 +525,8 @@ def prepare_task(recipe: Recipe, folder: Path, cache_folder: Path, say: Callable
     train, held_out = split(found, recipe.holdout, recipe.seed)
     judged = (held_out or train)[: recipe.evaluate_items]
     notes = [f"{len(train)} of {total} rows are learnt and {len(held_out)} held out, drawn by the seed"]
-    recipe, model, space = language_model(recipe, folder, length, cache_folder, notes, say)
+    work = lambda dtype: plan.Work.of(recipe, length, None, dtype, len(train))  # noqa: E731
+    recipe, model, space = language_model(recipe, folder, work, cache_folder, notes, say)
     choices = lambda part: [evaluation.question(tokenizer, case, length) for case in part if case.candidates]  # noqa: E731
     if asked.classification:
         task = Choosing(model, choices(train), choices(judged), seed=recipe.seed, device=device)
@@ -766,9 +767,8 @@ class Training:
         return self.method.advance(losses, recipe.batch_size, recipe.space == "gain", schedule)
 
     def lesson_size(self, step: int) -> int:
-        """Examples that a Gauss-Newton step learns from; no batch of texts grows beyond all that there are."""
-        size, task = self.recipe.batch_at(step), self.studio.task
-        return max(self.recipe.batch_size, min(size, len(task.train))) if isinstance(task, Language) else size
+        """Examples that a Gauss-Newton step learns from."""
+        return self.recipe.batch_at(step, self.studio.examples)
 
     def attempt(self, phase: str, run: Callable[[], Any]) -> Any:
         """run(); where the device's memory was not enough and `memory` leaves it to us, once more with half the rows.

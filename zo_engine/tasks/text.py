@@ -19,9 +19,9 @@ from transformers.generation import TemperatureLogitsWarper, TopPLogitsWarper
 from zo_engine.offload import head_parts
 from zo_engine.tasks.diffusion import TRAINING, turns
 from zo_engine.texts import Message
-from zo_engine.tokens import IGNORED, Tokens, beginning_ids, openings, prompt_ids
+from zo_engine.tokens import IGNORED, OWN_TOKENS, Tokens, beginning_ids, openings, prompt_ids
 
-OWN, OWN_TOKENS = 64, 64  # texts of the base's own, and what each has at most
+OWN = 64  # texts of the base's own
 FEATURES = 1 << 15  # of one row of a probe, at most
 CHOICE = 3.0  # weight of which choice is right, beside the mean over an answer's tokens
 
