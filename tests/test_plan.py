@@ -44,6 +44,16 @@ def test_a_step_without_data_needs_what_a_step_needs(kinds, kind, rows, relay):
     assert planned == pytest.approx(counted, rel=0.05)
 
 
+def test_a_step_holds_what_lies_before_the_levels_for_one_part_of_its_batch(kinds, monkeypatch):
+    model, config, work = kinds["llama"]
+    work, empty = dataclasses.replace(work, batch=5, directions=1), skeleton(config, dtype=torch.float32)
+    whole = plan.step(empty, work, 3)[0]
+    monkeypatch.setattr("zo_engine.tasks.text.PART", 2)
+    planned, counted = plan.step(empty, work, 3)[0], plan.step(model, work, 3, device="cpu", short=False)[0]
+    assert planned == pytest.approx(counted, rel=0.05)
+    assert planned < whole
+
+
 @pytest.mark.parametrize(
     ("kind", "space", "optimizer", "noise"),
     [

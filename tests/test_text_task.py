@@ -1,5 +1,7 @@
 """The language task on tiny models of real classes: loading, losses against transformers' own, choices, answers."""
 
+from dataclasses import replace
+
 import bitsandbytes as bnb
 import numpy as np
 import pytest
@@ -7,12 +9,12 @@ import tiny
 import torch
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from zo_engine.blocks import Prefix, levels
+from zo_engine.blocks import PART, Prefix, Replay, levels
 from zo_engine.hub import ModelError
 from zo_engine.models import load_language_model, load_tokenizer, locate
 from zo_engine.newton import GaussNewton
 from zo_engine.noise import Layout, directions
-from zo_engine.probes import GainSpace, GroupSpace, central, evaluate
+from zo_engine.probes import Evaluations, GainSpace, GroupSpace, central, evaluate
 from zo_engine.quantize import quantized_layers
 from zo_engine.scales import final_norm, find_scales, formats_of, prove_live
 from zo_engine.tasks import text as text_task
@@ -464,3 +466,48 @@ def test_away_from_the_model_its_own_texts_become_less_likely(own_model):
             with space.folded(torch.randn(space.layout.size, generator=rng)):
                 change = token_losses(model, texts) - here
             assert change.mean() > 2 * change.std() / len(change) ** 0.5
+
+
+# Batches in parts
+
+
+@pytest.mark.parametrize("kind", ["llama", "opt"])
+def test_parts_of_a_batch_are_of_like_length_and_say_what_the_whole_says(folders, kind):
+    model, examples = load_language_model(folders(kind)), some_tokens(40, choices=True)
+    batch = stack(examples)
+    parts = batch.parts()
+    assert sum(map(len, parts)) == 40 and max(map(len, parts)) <= PART
+    for part in parts:
+        lengths = part.mask.sum(1)
+        assert part.tokens.shape[1] == lengths.max() and 2 * lengths.max() <= 3 * lengths.min()
+    assert sum(part.tokens.numel() for part in parts) < 0.8 * batch.tokens.numel()  # 6 to 23 tokens
+    level = levels(find_scales(model), 0.5)[-1]
+    space = GainSpace({name: view for name, view in find_scales(model).items() if name in level.layers})
+    theta, z = (directions("gaussian", space.layout, 0, step, range(2)) for step in (0, 1))
+    probes = central(z, 0.03, 40, own=False)
+    made: list[int] = []
+
+    def run(prefix: Prefix, loss, examples: int, *how) -> Replay:
+        made.append(examples)
+        return prefix.run(loss, examples, *how)
+
+    read = Evaluations(space, 0.1 * theta[0], [Prefix(model, level)], 7, run=run)
+    found = read(lambda some: token_losses(model, some), parts, probes, 0)
+    assert made == [len(part) for part in parts] and len(read.replays) == 1  # each once, and held for one part alone
+    texts = [
+        tuple(row[mask.bool()].tolist()) for part in parts for row, mask in zip(part.tokens, part.mask, strict=True)
+    ]
+    order = torch.tensor([[example.ids for example in examples].index(text) for text in texts])
+    where = replace(probes, sample=order[probes.sample])
+    whole = evaluate(space, 0.1 * theta[0], where, lambda i: token_losses(model, batch.take(i)))
+    torch.testing.assert_close(found, whole, rtol=1e-5, atol=1e-6)
+    assert not torch.allclose(whole[:80], whole[80:], rtol=1e-4)  # plus and minus differ by far more
+    last = learnt_last(examples[0])
+    (alone,) = stack([last, examples[0]]).take(torch.tensor([0])).parts()
+    assert alone.tokens.shape[1] == len(last.ids) - 2  # what follows the last learnt token is not computed
+    torch.testing.assert_close(token_losses(model, alone), token_losses(model, stack([last])), rtol=1e-5, atol=1e-6)
+
+
+def learnt_last(example: Tokens) -> Tokens:
+    """The example with two tokens behind those that are learnt."""
+    return Tokens((*example.ids, 5, 6), (*example.labels, IGNORED, IGNORED))

@@ -10,7 +10,7 @@ import torch
 from test_train import go
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from zo_engine import card, plan, sealed
+from zo_engine import card, plan, sealed, tokens
 from zo_engine import recipe as recipes
 from zo_engine import train as training
 from zo_engine.apply import open_style
@@ -110,7 +110,12 @@ def test_a_plan_reads_the_texts_and_is_of_the_longest_and_of_as_many_as_there_ar
     assert work.length < mine.length
     model = plan.outlined(Path(mine.model), "nf4", torch.bfloat16)
     expected = plan.phased(plan.make(model, work, 7, 0, "cpu"), model, work, {}, mine)
-    assert plan.of(str(file), rows=7) == expected
+    made = plan.of(str(file), rows=7)
+    mean = -(-sum(len(e.ids) for e in tokens.read(mine, Path(mine.model)).rendered.examples) // 16)
+    assert 8 < mean < work.length
+    assert made == dataclasses.replace(
+        expected, operations=plan.operations(model, dataclasses.replace(work, length=mean))
+    )
     file.write_text(recipes.dump(dataclasses.replace(mine, texts=str(tmp_path / "none.jsonl"))))
     with pytest.raises(DataError, match="none.jsonl"):
         plan.of(str(file))

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+PART = 16  # examples for which what lies before a level is held at once
 GROUPS = 2  # levels that the tuned blocks form, beside the layers that follow them
 # A twelfth of the directions of other levels has what reads the prompt, since its probes run the whole model, and a
 # language model's final norm, since more of them make it forget more.

@@ -9,9 +9,10 @@ kept in step with the method's code: it is that code which runs.
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 
 from zo_engine import recipe as recipes
 from zo_engine import tokens
-from zo_engine.blocks import Prefix, Replay, answering, levels, relayed
+from zo_engine.blocks import PART, Prefix, Replay, answering, levels, relayed
 from zo_engine.cache import encode
 from zo_engine.dataset import held_out
 from zo_engine.hub import MODELS, find, is_language, language_config, read_json, text_length
@@ -40,7 +41,7 @@ from zo_engine.models import TEXT_PARTS, bring_of
 from zo_engine.narrow import FORMS, NarrowLinear
 from zo_engine.newton import TRIES, GaussNewton
 from zo_engine.offload import ALIGNED, Block, block_names, end_names, piece_rows, tensors
-from zo_engine.probes import Probes, Space, evaluate
+from zo_engine.probes import Evaluations, Probes, Space, evaluate
 from zo_engine.quantize import READ, outline, quantization_of
 from zo_engine.recipe import Recipe
 from zo_engine.style import make_method, make_space, views_of
@@ -300,28 +301,19 @@ def step(
     prefixes = [Prefix(model, level) if level.first else None for level in levels(space.views, work.depth)]
     with counted(device) as counter:
         batch, outcomes, losses = task(model, work, device)
-        trial = batch if isinstance(method, ZO) else task(model, work, device)[0]
-        replays: dict[tuple, Replay] = {}
+        given = batch, task(model, work, device)[0]
+        parts, trials = ([some] if isinstance(method, ZO) else some.parts() for some in given)
+        how = (_prefix, partial(_passes, blocks=blocks)) if short else (Prefix.run, evaluate)
+        run = Evaluations(space, method.theta, prefixes, rows, blocks[:relay], *how)
         counter.paused = away
 
         def evaluated(part: int, probes: Probes, fresh: bool) -> Tensor:
             counter.paused = False
             try:
-                return probed(part, probes, fresh)
+                read = losses if fresh or isinstance(method, ZO) else outcomes
+                return run(read, trials if fresh else parts, probes, part)
             finally:
                 counter.paused = away
-
-        def probed(part: int, probes: Probes, fresh: bool) -> Tensor:
-            read = losses if fresh or isinstance(method, ZO) else outcomes
-            sample = lambda index: read((trial if fresh else batch).take(index))  # noqa: E731
-            if prefixes[part] and (part, fresh) not in replays:
-                with space.dressed(method.theta):
-                    run = _prefix if short else Prefix.run
-                    replays[part, fresh] = run(prefixes[part], sample, work.batch, rows, blocks[:relay])
-            replay = replays.get((part, fresh))
-            if not short:
-                return evaluate(space, method.theta, probes, sample, rows, replay, blocks[:relay])
-            return _passes(space, method.theta, probes, sample, rows, replay, blocks, relay)
 
         if isinstance(method, ZO):
             method.advance(lambda p, fresh: evaluated(-1, p, fresh).cpu(), work.batch, work.space == "gain")
@@ -335,7 +327,7 @@ def step(
     return counter.peak, kept
 
 
-def _prefix(prefix: Prefix, sample: Callable, count: int, rows: int, relay: list[nn.Module]) -> Replay:
+def _prefix(prefix: Prefix, sample: Callable, count: int, rows: int, relay: Sequence[nn.Module]) -> Replay:
     """As `Prefix.run`, for one piece through the first and the last block: those between answer in the same form."""
     index = torch.arange(min(rows, count))
     states = relayed(prefix.blocks[:1], [lambda: sample(index)])
@@ -347,13 +339,13 @@ def _prefix(prefix: Prefix, sample: Callable, count: int, rows: int, relay: list
 
 def _passes(
     space: Space, theta: Tensor, probes: Probes, sample: Callable, rows: int, replay: Replay | None,
-    blocks: list[nn.Module], relay: int,
+    relay: Sequence[nn.Module], blocks: list[nn.Module],
 ) -> Tensor:  # fmt: skip
     """As `evaluate`, with two passes, and in each the first and the last of the blocks that are to compute."""
     total, done = len(probes.sign), len(replay.blocks) if replay else 0
     length = -(-total // math.ceil(total / rows))  # as `evaluate` splits them
     part = probes.rows(torch.arange(length))
-    relaying = relay > done and length < total
+    relaying = len(relay) > done and length < total
     result, others, state, held, waiting = None, [], None, None, None
 
     def call() -> Tensor:
@@ -525,9 +517,9 @@ def _evaluations(model: nn.Module, work: Work) -> list[tuple[int, int, list[int]
     if isinstance(method, ZO):
         probes = 2 * method.per_step * (1 if work.space == "gain" else work.batch)
         return [(first[-1], work.batch, [count]) for count in (probes, 3 * work.batch)]  # and a search
-    counts = method.counts(0)
-    lessons = [(start, work.batch, [n + 1] * work.batch) for start, n in zip(first, counts, strict=True)]
-    return [*lessons, (first[-1], work.batch, [(len(TRIES) + 1) * work.batch])]
+    parts = [min(PART, work.batch - start) for start in range(0, work.batch, PART)]
+    found = [(s, part, [n + 1] * part) for part in parts for s, n in zip(first, method.counts(0), strict=True)]
+    return found + [(first[-1], part, [(len(TRIES) + 1) * part]) for part in parts]
 
 
 def _moved(
@@ -840,8 +832,8 @@ def of(
 ) -> Plan:  # fmt: skip
     """The plan of a recipe file (its own settings count), a model on this machine, or one of SHAPES.
 
-    Texts of a recipe are read, with the model's tokenizer, where the model is here: the longest decides. Raises
-    PlanError, or what a recipe, its texts or a model raise, for what is not there.
+    Texts of a recipe are read, with the model's tokenizer, where the model is here: the longest decides on memory, the
+    mean on time. Raises PlanError, or what a recipe, its texts or a model raise, for what is not there.
     """
     recipe = recipes.budgeted(recipes.load(Path(source))) if source.endswith(".toml") else None
     name = recipe.model if recipe else source
@@ -856,7 +848,7 @@ def of(
     pictures = "_class_name" in config
     length = length or ((77 + text_length(folder) if folder else 333) if pictures else 512)
     size = (resolution, resolution) if pictures else None
-    work, examples = Work(batch_size, length, size), 0
+    work, examples, mean = Work(batch_size, length, size), 0, 0
     if recipe:
         if pictures:
             buckets = recipe.resolution or (MODELS[name].resolution if name in MODELS else str(resolution))
@@ -864,7 +856,7 @@ def of(
             size = max(sides, key=math.prod)
         elif folder and recipe.texts and not recipe.task:
             found = tokens.read(recipe, folder)
-            length, count = found.longest, len(found.rendered.examples)
+            length, mean, count = found.longest, found.mean, len(found.rendered.examples)
             examples = count - held_out(count, recipe.holdout)
         else:
             length = recipe.length
@@ -884,7 +876,10 @@ def of(
         streams = recipe and not memory and recipe.offload in ("cpu", "disk")
         away, rows = len(block_names(model)) if streams else 0, rows or max(1, TOKENS // work.tokens(model))
         made = make(model, work, rows, away, offload, ends=bool(streams))
-    return phased(made, model, work, beside(part) if part else BESIDE.get(name, {}), recipe or Recipe(), bound)
+    made = phased(made, model, work, beside(part) if part else BESIDE.get(name, {}), recipe or Recipe(), bound)
+    if mean:  # the longest text decides on memory, not on time
+        made = dataclasses.replace(made, operations=operations(model, dataclasses.replace(work, length=mean)))
+    return made
 
 
 def as_dict(plan: Plan) -> dict:

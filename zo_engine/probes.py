@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from zo_engine.blocks import Replay, answering, relayed
+from zo_engine.blocks import Prefix, Replay, answering, relayed
 from zo_engine.noise import Layout
 from zo_engine.scales import ScaleError, ScaleView
 
@@ -306,3 +306,52 @@ def evaluate(
         with context:
             losses.append(answer(part))
     return torch.cat(losses)
+
+
+class Evaluations:
+    """A step's probes, evaluated on batches that come in parts. What lies before a level runs once for a part, and is
+    held for as long as that part is asked for: it takes the memory of one part, whatever the batch."""
+
+    def __init__(
+        self,
+        space: Space,
+        theta: Tensor,
+        prefixes: Sequence[Prefix | None],
+        rows: int,
+        relay: Sequence[nn.Module] = (),
+        run: Callable[..., Replay] = Prefix.run,
+        evaluate: Callable[..., Tensor] = evaluate,
+    ):
+        """prefixes: of every level. rows: of one pass, at most. relay: see `evaluate`. run, evaluate: how a prefix is
+        run, and how probes are evaluated."""
+        self.space, self.theta, self.prefixes, self.rows, self.relay = space, theta, prefixes, rows, relay
+        self.run, self.evaluate = run, evaluate
+        self.part: Any = None
+        self.replays: dict[int, Replay] = {}  # by level, of the examples of that part
+
+    def __call__(
+        self, outputs: Callable[[Any], Tensor], parts: Sequence[Any], probes: Probes, level: int | None
+    ) -> Tensor:
+        """As `evaluate`, of probes whose samples number the examples of all parts through. outputs(examples): what the
+        dressed model makes of them. level: whose probes these are; None: `outputs` runs the model more than once, and
+        nothing can be replayed."""
+        found, rows, start = [], [], 0
+        for part in parts:
+            mine = ((probes.sample >= start) & (probes.sample < start + len(part))).nonzero().flatten()
+            if len(mine):
+                here = probes.rows(mine)
+                found.append(self._of(outputs, part, replace(here, sample=here.sample - start), level))
+                rows.append(mine)
+            start += len(part)
+        return torch.cat(found)[torch.cat(rows).argsort().to(found[0].device)] if len(found) > 1 else found[0]
+
+    def _of(self, outputs: Callable[[Any], Tensor], part: Any, probes: Probes, level: int | None) -> Tensor:
+        some = lambda index: outputs(part.take(index))  # noqa: E731
+        if part is not self.part:
+            self.part, self.replays = part, {}
+        prefix = None if level is None else self.prefixes[level]
+        if prefix and level not in self.replays:
+            with self.space.dressed(self.theta):
+                self.replays[level] = self.run(prefix, some, len(part), self.rows, self.relay)
+        replay = self.replays.get(level) if prefix else None
+        return self.evaluate(self.space, self.theta, probes, some, self.rows, replay, self.relay)

@@ -65,6 +65,11 @@ class Texts:
     def longest(self) -> int:
         return max(self.own, *(len(tokens.ids) for tokens in self.rendered.examples))
 
+    @property
+    def mean(self) -> int:
+        """Tokens of a text on average, rounded up, without those that the base writes."""
+        return -(-sum(len(tokens.ids) for tokens in self.rendered.examples) // len(self.rendered.examples))
+
 
 def read(recipe: Recipe, folder: Path) -> Texts:
     """The texts that a recipe names, with the tokenizer in the model's folder. Raises DataError where they cannot be

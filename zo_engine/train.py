@@ -10,7 +10,7 @@ import re
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import accumulate
@@ -37,11 +37,11 @@ from zo_engine import (
     texts,
     tokens,
 )
-from zo_engine.blocks import Prefix, Replay, levels
+from zo_engine.blocks import Prefix, levels
 from zo_engine.hub import first_line, is_language, read_json, some, weights_held
 from zo_engine.journal import Record, short
 from zo_engine.newton import GaussNewton
-from zo_engine.probes import Probes, Space, evaluate
+from zo_engine.probes import Evaluations, Probes, Space
 from zo_engine.recipe import Recipe, RecipeError, budgeted, last_doubling, named
 from zo_engine.run import Run, write_atomic
 from zo_engine.scales import ScaleView, prove_live
@@ -729,29 +729,24 @@ class Training:
         """From one batch to the next theta. part is told the share of the step that is done; whatever it raises ends
         the step without a trace."""
         recipe, task, step, theta = self.recipe, self.studio.task, self.method.step, self.method.theta
-        replays: dict[tuple, Replay] = {}
+        evaluate = Evaluations(self.studio.space, theta, self.prefixes, self.rows, self.relay)
 
-        def evaluated(outputs: Callable, batch: Any, level: int, probes: Probes, fresh: bool) -> Tensor:
-            rows = lambda index: outputs(batch.take(index))  # noqa: E731
-            prefix = self.prefixes[level] if outputs.__name__ in task.one_pass else None
-            space = self.studio.space
-            if prefix and (level, fresh) not in replays:
-                with space.dressed(theta):
-                    replays[level, fresh] = prefix.run(rows, len(batch), self.rows, self.relay)
-            return evaluate(space, theta, probes, rows, self.rows, replays.get((level, fresh)), self.relay)
+        def evaluated(outputs: Callable, parts: Sequence, level: int, probes: Probes) -> Tensor:
+            return evaluate(outputs, parts, probes, level if outputs.__name__ in task.one_pass else None)
 
         if isinstance(self.method, GaussNewton):
             with self.studio.space.folded(theta):
                 # Moves are tried on the next step's lesson, so that no example is seen only for that.
                 lesson, trial = (task.lesson(number, self.lesson_size(number)) for number in (step, step + 1))
+            parts, trials = lesson.parts(), trial.parts()
             made, total = 0, len(lesson) * self.method.cost(step)
 
             def outcomes(level: int, probes: Probes, fresh: bool) -> Tensor:
                 nonlocal made
                 if fresh:
-                    found = evaluated(task.losses, trial, level, probes, fresh)[:, None]
+                    found = evaluated(task.losses, trials, level, probes)[:, None]
                 else:
-                    found = evaluated(task.outcomes, lesson, level, probes, fresh)
+                    found = evaluated(task.outcomes, parts, level, probes)
                     made += len(probes.sign)
                 part(made / total)
                 return found
@@ -759,9 +754,10 @@ class Training:
             record = self.method.advance(outcomes, len(lesson), len(trial), task.tries)
             return task.told(record, lesson) if isinstance(task, Rewarded) else record
 
+        batch = functools.cache(lambda stream: task.batch(step, recipe.batch_size, stream))
+
         def losses(probes: Probes, fresh: bool) -> Tensor:
-            batch = task.batch(step, recipe.batch_size, SEARCH if fresh else TRAINING)
-            return evaluated(task.losses, batch, -1, probes, fresh).cpu()
+            return evaluated(task.losses, [batch(SEARCH if fresh else TRAINING)], -1, probes).cpu()
 
         schedule = trapezoid(step, recipe.steps, recipe.warmup, recipe.decay)
         return self.method.advance(losses, recipe.batch_size, recipe.space == "gain", schedule)

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from zo_engine.blocks import PART
 from zo_engine.newton import TRIES
 
 GOLDEN = 0.6180339887498949  # the most even sequence of offsets: frac(k * GOLDEN)
@@ -39,6 +40,11 @@ class Batch:
 
     def to(self, device: torch.device | str) -> "Batch":
         return Batch(*(getattr(self, f.name).to(device) for f in fields(self)))
+
+    def parts(self) -> list["Batch"]:
+        """The examples in their order, PART together."""
+        columns = (getattr(self, f.name).split(PART) for f in fields(self))
+        return [Batch(*part) for part in zip(*columns, strict=True)]
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ randomness is an argument: which examples a step sees is a pure function of (see
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import cache, cached_property, partial
 
 import numpy as np
@@ -16,6 +16,7 @@ from torch.nn.functional import cross_entropy, pad
 from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.generation import TemperatureLogitsWarper, TopPLogitsWarper
 
+from zo_engine.blocks import PART
 from zo_engine.offload import head_parts
 from zo_engine.tasks.diffusion import TRAINING, turns
 from zo_engine.texts import Message
@@ -42,6 +43,24 @@ class Batch:
     def take(self, index: Tensor) -> "Batch":
         """Some of the examples, by an index on the host."""
         return type(self)(*(getattr(self, f.name)[index] for f in fields(self)))
+
+    def parts(self) -> list["Batch"]:
+        """The examples by their length, PART together at most, and none with others half as long again: to be computed
+        without the padding, and without what follows the last token that is learnt."""
+        learnt = self.labels != IGNORED
+        lengths = (learnt * torch.arange(1, learnt.shape[1] + 1)).amax(1).tolist()
+        parts: list[list[int]] = []
+        for i in sorted(range(len(self)), key=lengths.__getitem__):
+            if parts and len(parts[-1]) < PART and 2 * lengths[i] <= 3 * lengths[parts[-1][0]]:
+                parts[-1].append(i)
+            else:
+                parts.append([i])
+        return [self._cut(self.take(torch.tensor(part)), lengths[part[-1]]) for part in parts]
+
+    @staticmethod
+    def _cut(batch: "Batch", length: int) -> "Batch":
+        padded = "tokens", "mask", "labels", "rivals"
+        return replace(batch, **{name: getattr(batch, name)[:, :length] for name in padded})
 
     def to(self, device: torch.device | str) -> "Batch":
         moved = (getattr(self, f.name).to("cpu" if f.name in ("labels", "rivals") else device) for f in fields(self))
@@ -340,6 +359,10 @@ class Choices:
 
     def __len__(self) -> int:
         return len(self.right)
+
+    def parts(self) -> list["Choices"]:
+        """All of them: nothing is held for them."""
+        return [self]
 
     def take(self, index: Tensor) -> "Choices":
         return Choices(tuple(batch.take(index) for batch in self.options), self.right[index])
