@@ -144,4 +144,4 @@ class Texts:
 
 def given(draft: Draft) -> dict[str, str]:
     """What the draft's recipe says of the columns."""
-    return dict(entry.split("=", 1) for entry in draft.recipe().text_columns)
+    return draft.recipe().text_fields

@@ -219,9 +219,9 @@ def first_order(studio: Studio, recipe: Recipe, tuned: Tuned, rate: float, every
             for group in adam.param_groups:
                 group["lr"] = rate * min(1.0, (recipe.steps - step) / (0.2 * recipe.steps))
             adam.zero_grad()
-            with torch.no_grad(), tuned.dressed():
-                batch = task.lesson(step, PICTURES)  # the first one asks the base for its own answers
             with tuned.dressed():
+                with torch.no_grad():
+                    batch = task.lesson(step, PICTURES)  # the first one asks the base for its own answers
                 task.losses(batch).mean().backward()
             adam.step()
 

@@ -24,7 +24,7 @@ from zo_engine.models import Placement
 from zo_engine.narrow import FORMS
 from zo_engine.newton import GaussNewton
 from zo_engine.offload import Mover, OffloadError, block_names, tensors
-from zo_engine.probes import GainSpace, GroupSpace, evaluate
+from zo_engine.probes import Evaluations, GainSpace, GroupSpace, evaluate
 from zo_engine.recipe import Recipe, RecipeError
 from zo_engine.scales import find_scales, prove_live
 from zo_engine.style import make_method, make_space
@@ -73,15 +73,11 @@ def gauss_newton(model: nn.Module, chunk: int = 4, relay=(), steps: int = 2) -> 
     prefixes = [Prefix(model, level) for level in found]
     batch, journal = texts(2), []
     for _ in range(steps):
-        replays = {}
+        run = Evaluations(space, method.theta, prefixes, chunk, relay)
 
-        def outcomes(part, probes, fresh, replays=replays):
+        def outcomes(level, probes, fresh, run=run):
             read = token_losses if fresh else token_features
-            rows = lambda sample: read(model, batch.take(sample))  # noqa: E731
-            if part not in replays:
-                with space.dressed(method.theta):
-                    replays[part] = prefixes[part].run(rows, 2, chunk, relay)
-            found = evaluate(space, method.theta, probes, rows, chunk, replays[part], relay)
+            found = run(lambda some: read(model, some), [batch], probes, level)
             return found[:, None] if fresh else found
 
         journal.append(method.advance(outcomes, 2, 2))

@@ -45,7 +45,7 @@ def read_texts(recipe: recipes.Recipe) -> Iterator[dict[str, Any]]:
     it is learnt]. Raises DataError where the texts cannot be used at all, ModelError where there is no tokenizer.
     """
     yield {"columns": texts.columns(recipe.texts)}
-    found = texts.scan(recipe.texts, dict(entry.split("=", 1) for entry in recipe.text_columns))
+    found = texts.scan(recipe.texts, recipe.text_fields)
     listed = lambda problems: [[p.line, p.message] for p in problems[:BAD]]  # noqa: E731
     yield {
         "form": found.mapping.form,

@@ -639,12 +639,13 @@ def beside(part: Path) -> dict[str, dict]:
 
 @torch.no_grad()
 def phased(
-    made: Plan, model: nn.Module, work: Work, parts: dict[str, dict], recipe: Recipe, memory: int = 0
+    made: Plan, model: nn.Module, work: Work, parts: dict[str, dict], recipe: Recipe, memory: int = 0, length: int = 0,
 ) -> Plan:  # fmt: skip
     """The plan with the peaks of all phases of a run: encoding, the held-out loss, looking at it, and the steps.
 
-    parts: of `beside`. memory: of the device, in bytes, where the recipe bounds it. Every phase is run without data, as
-    the step is; workspaces that kernels take for themselves are not known.
+    parts: of `beside`. memory: of the device, in bytes, where the recipe bounds it. length: tokens of a text for its
+    time, if not the longest's, which decide on memory. Every phase is run without data, as the step is; workspaces that
+    kernels take for themselves are not known.
     """
     space, _ = work.method(model)
     there = made.resident + made.streaming + made.theta
@@ -675,7 +676,8 @@ def phased(
             found["the base's own texts"] = folded + _peak(lambda: _written(model, min(OWN, rows), tokens.OWN_TOKENS))
         found["answers"] = folded + _peak(lambda: _written(model, prompts, work.length))
     found["the held-out loss"] = folded + _peak(lambda: _passed(model, work, recipe.evaluate_items, made.rows))
-    return dataclasses.replace(made, operations=operations(model, work), phases=found | {"steps": made.device})
+    timed = operations(model, dataclasses.replace(work, length=length or work.length))
+    return dataclasses.replace(made, operations=timed, phases=found | {"steps": made.device})
 
 
 def _folded(space: Space, away: tuple[str, ...], slots: int) -> int:
@@ -876,10 +878,7 @@ def of(
         streams = recipe and not memory and recipe.offload in ("cpu", "disk")
         away, rows = len(block_names(model)) if streams else 0, rows or max(1, TOKENS // work.tokens(model))
         made = make(model, work, rows, away, offload, ends=bool(streams))
-    made = phased(made, model, work, beside(part) if part else BESIDE.get(name, {}), recipe or Recipe(), bound)
-    if mean:  # the longest text decides on memory, not on time
-        made = dataclasses.replace(made, operations=operations(model, dataclasses.replace(work, length=mean)))
-    return made
+    return phased(made, model, work, beside(part) if part else BESIDE.get(name, {}), recipe or Recipe(), bound, mean)
 
 
 def as_dict(plan: Plan) -> dict:

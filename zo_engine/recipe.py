@@ -167,6 +167,11 @@ class Recipe:
                 )
 
     @property
+    def text_fields(self) -> dict[str, str]:
+        """The columns that are given for fields of a text, by field."""
+        return dict(entry.split("=", 1) for entry in self.text_columns)
+
+    @property
     def tunes_norm(self) -> bool:
         """Whether a language model's final norm is tuned. With given texts alone, it would make the model forget."""
         tuned = self.final_norm == "tuned" or self.final_norm == "auto" and (bool(self.reward) or self.keeps_texts)

@@ -74,8 +74,7 @@ class Texts:
 def read(recipe: Recipe, folder: Path) -> Texts:
     """The texts that a recipe names, with the tokenizer in the model's folder. Raises DataError where they cannot be
     used, ModelError where there is no tokenizer."""
-    columns = dict(entry.split("=", 1) for entry in recipe.text_columns)
-    contents = read_file(recipe.texts, columns, recipe.skip_bad)
+    contents = read_file(recipe.texts, recipe.text_fields, recipe.skip_bad)
     tokenizer, most = load_tokenizer(folder), limit(folder, recipe.length)
     own = min(most, OWN_TOKENS + openings(tokenizer).longest) if recipe.keeps_texts else 0
     rendered = render(tokenizer, contents.examples, most, recipe.completions_only, recipe.skip_bad)

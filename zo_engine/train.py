@@ -456,8 +456,7 @@ def prepare_texts(recipe: Recipe, cache_folder: Path, say: Callable[[str], None]
     asked = [(Message("user", prompt),) for prompt in recipe.prompts]
     prompts = asked or begun([example for example, _ in (*held_out, *train)])
 
-    work = lambda dtype: plan.Work.of(recipe, found.longest, None, dtype, len(train))  # noqa: E731
-    recipe, model, space = language_model(recipe, folder, work, cache_folder, notes, say)
+    recipe, model, space = language_model(recipe, folder, found.longest, len(train), cache_folder, notes, say)
     learnt = lambda part: [t for _, t in part]  # noqa: E731
     if reward:
         request = lambda e: Request(tuple(tokens.prompt_ids(tokenizer, e.messages[:-1])), e.messages[-2].content,  # noqa: E731
@@ -494,16 +493,18 @@ def prepare_texts(recipe: Recipe, cache_folder: Path, say: Callable[[str], None]
 def language_model(
     recipe: Recipe,
     folder: Path,
-    work: Callable[[torch.dtype], plan.Work],
+    longest: int,
+    examples: int,
     cache_folder: Path,
     notes: list[str],
     say: Callable[[str], None],
 ) -> tuple[Recipe, PreTrainedModel, Space]:
-    """The model of a recipe for the work of its largest step, with its blocks where the recipe wants them, and the
-    space that is tuned of it; the recipe comes back with what was derived."""
+    """The model of a recipe for so many texts of at most `longest` tokens, with its blocks where the recipe wants them,
+    and the space that is tuned of it; the recipe comes back with what was derived."""
     device = pick_device(recipe.device)
     dtype = pick_dtype(recipe.dtype, device)
-    recipe, placement = place(recipe, folder, work(dtype), device, cache_folder, notes)
+    work = plan.Work.of(recipe, longest, None, dtype, examples)
+    recipe, placement = place(recipe, folder, work, device, cache_folder, notes)
     say(f"loading {models.describe(recipe.model).title} in {recipe.quantization}")
     model = models.load_language_model(folder, placement=placement, **form(recipe, device, dtype))
     return recipe, model, tuned(model, recipe, notes)
@@ -525,8 +526,7 @@ def prepare_task(recipe: Recipe, folder: Path, cache_folder: Path, say: Callable
     train, held_out = split(found, recipe.holdout, recipe.seed)
     judged = (held_out or train)[: recipe.evaluate_items]
     notes = [f"{len(train)} of {total} rows are learnt and {len(held_out)} held out, drawn by the seed"]
-    work = lambda dtype: plan.Work.of(recipe, length, None, dtype, len(train))  # noqa: E731
-    recipe, model, space = language_model(recipe, folder, work, cache_folder, notes, say)
+    recipe, model, space = language_model(recipe, folder, length, len(train), cache_folder, notes, say)
     choices = lambda part: [evaluation.question(tokenizer, case, length) for case in part if case.candidates]  # noqa: E731
     if asked.classification:
         task = Choosing(model, choices(train), choices(judged), seed=recipe.seed, device=device)
