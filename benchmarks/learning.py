@@ -17,9 +17,10 @@ numbers, is to answer its own conversations again; its loss before the damage is
 learning-<task>.json (tarot: learning.json), those of texts to learning-<task>-<quantization>.json; GPTQ and AQLM
 copies of tiny-llm are made where they are missing. Where a reward, which has no gradient, is the aim, slopes are those
 of the reward itself, and first order learns, like ours, from the best of the model's own answers.
-The step of least held-out loss is tested on what was neither learnt nor held out, and on the base's own texts
-(`tasks.Judge`); passes in which answers are written are not counted. What a forward is: see `contestants`. The file is
-written after every curve, and a curve that is in it is not made again, but with --anew.
+The step of least held-out loss is tested on what was neither learnt nor held out, and on the base's own texts; or by
+drawing subjects that no picture taught (`tasks.judge`), some of which are put side by side, for the first seed that is
+asked for, in <result file>-pictures.png. Passes in which answers are written are not counted. What a forward is: see
+`contestants`. The file is written after every curve, and a curve that is in it is not made again, but with --anew.
 """
 
 import argparse
@@ -48,8 +49,9 @@ from contestants import (
     scales,
     zeroth,
 )
-from tasks import NAMES, Task, judge, recipe_of, task_of
+from tasks import NAMES, Task, Viewer, judge, recipe_of, task_of
 
+from zo_engine.pictures import grid, save_png
 from zo_engine.recipe import Recipe
 from zo_engine.run import write_atomic
 from zo_engine.train import Studio
@@ -63,6 +65,18 @@ OURS, PAPER, AS_PUBLISHED, MEZO_BEST = "ours", "published form, best step size",
 LONG, FEW, PEQA, LORA = "first order", "first order, as many pictures", "PEQA", "LoRA"
 LONGER = "ours, 4,000 passes"  # where the recipe's steps take fewer
 CONTESTANTS = (OURS, PAPER, AS_PUBLISHED, MEZO_BEST, LONG, FEW, PEQA, LORA, LONGER)
+TEXTS_TESTED = {  # what a table says of the tests: a heading, and the figure below it
+    "accuracy, unseen texts": ("accuracy", "{:.0%}"),
+    "written just so": ("exact", "{:.0%}"),
+    "perplexity of the base's paragraphs": ("perplexity of paragraphs", "{:.2f}"),
+    "of its chats": ("perplexity of chats", "{:.2f}"),
+}
+PICTURES_TESTED = {
+    "way to the taught look": ("look", "{:.0%}"),
+    "subjects recognised": ("subjects", "{:.0%}"),
+    "without the trigger: taught look": ("leak", "{:.0%}"),
+    "without the trigger: subjects recognised": ("plain subjects", "{:.0%}"),
+}
 TENTH, SHARE, WITHIN, NEAR = 0.1, 0.85, 4000, 0.05  # what ours is asked for: see `targets`
 
 
@@ -181,15 +195,20 @@ def main() -> None:
         mine = dataclasses.replace(recipe, seed=seed)
         task = task_of(given.task, mine)
         contest, judged = Contest(task, chosen, *steps), judge(given.task, mine, task.studio)
-        if judged:
-            nothing = torch.zeros(task.studio.space.layout.size)
-            tests.setdefault("start", {})[str(seed)] = judged(task.studio, lambda: task.studio.space.folded(nothing))  # noqa: B023
+        nothing = torch.zeros(task.studio.space.layout.size)
+        tests.setdefault("start", {})[str(seed)] = judged(task.studio, lambda: task.studio.space.folded(nothing))  # noqa: B023
+        rows = {}
         for contestant in wanted:
             began = time.process_time()
             found, studio = contest.run(contestant)
             results.setdefault(contestant, {})[str(seed)] = found.curve
             facts = {"processor seconds": time.process_time() - began} | found.facts
-            facts |= judged(studio, found.put) if judged else {}
+            facts |= judged(studio, found.put)
+            if isinstance(judged, Viewer) and seed == given.seeds[0]:
+                rows.setdefault("start", judged.shown(judged.exhibition.base))
+                rows[contestant] = judged.shown(judged.drawn)
+                sheet = grid([*rows.values()], judged.shown(judged.exhibition.prompts), [*rows], side=64)
+                save_png(sheet, RESULTS / f"{name}-pictures.png")
             if task.answer is not None:
                 facts["optimum"] = task.optimum
                 if found.theta is not None:
@@ -314,9 +333,9 @@ def write_all() -> Path:
         curves, tests, memory = found["curves"], found["tests"], found.get("memory", {})
         name = file.stem.removeprefix("learning-").replace("learning", "tarot")
         verdicts.append(f"| {name} | " + " | ".join(said(targets(curves))) + " |")
-        lines += [f"## {name}", "", "| | seeds | passes | held-out loss | processor seconds | memory, inference = 1 "
-                  "| accuracy, unseen texts | written just so | perplexity of the base's paragraphs, chats |",
-                  "|---|---|---|---|---|---|---|---|---|"]  # fmt: skip
+        heads = PICTURES_TESTED if "look" in next(iter(tests.get("start", {"": {}}).values())) else TEXTS_TESTED
+        head = "| | seeds | passes | held-out loss | processor seconds | memory, inference = 1 | "
+        lines += [f"## {name}", "", head + " | ".join(heads) + " |", "|---" * (6 + len(heads)) + "|"]
         start = {seed: curve[0] for seed, curve in curves.get(OURS, {}).items()}
         rows = {"start": {seed: [point] for seed, point in start.items()}} | {
             n: curves[n] for n in CONTESTANTS if n in curves
@@ -325,12 +344,12 @@ def write_all() -> Path:
             facts = tests.get(contestant, {})
             every = lambda key, form: ", ".join(form(f[key]) for s in by_seed if key in (f := facts.get(s, {})))  # noqa: B023, E731
             losses = ", ".join(f"{lowest(curve):.3f}" for curve in by_seed.values())
-            lost = [every(f"perplexity of {kind}", "{:.2f}".format) for kind in ("paragraphs", "chats")]
             ratio = f"{memory[contestant]:.2f}" if contestant in memory else ""
             lines.append(
                 f"| {contestant} | {', '.join(by_seed)} | {max(c[-1][0] for c in by_seed.values()):,.0f} | {losses} | "
-                f"{every('processor seconds', '{:.0f}'.format)} | {ratio} | {every('accuracy', '{:.0%}'.format)} | "
-                f"{every('exact', '{:.0%}'.format)} | {' / '.join(part for part in lost if part)} |"
+                f"{every('processor seconds', '{:.0f}'.format)} | {ratio} | "
+                + " | ".join(every(key, form.format) for key, form in heads.values())
+                + " |"
             )
         lines.append("")
     path = RESULTS / "arena.md"

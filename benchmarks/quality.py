@@ -20,6 +20,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from common import CHECKOUT, save
+from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -177,35 +178,50 @@ def wordings(recipe: Recipe, subject: str) -> dict[str, str]:
     return {"triggered": f"a {recipe.trigger} of {thing}", "plain": thing}
 
 
-def judged(studio: Studio, theta: Tensor, taught: Tensor) -> dict[str, dict[str, float]]:
-    """All scores of a theta: subjects on no card, with the trigger and without it."""
-    judge, subjects = load_judge()
-    asked = [subject for subject in subjects[TAUGHT:] for _ in range(SEEDS)]
-    labels = torch.tensor([subjects.index(subject) for subject in asked])
-    seeds = [1000 + i for i in range(len(asked))]
-    found = {}
-    for name in ("triggered", "plain"):
-        prompts = [wordings(studio.recipe, subject)[name] for subject in asked]
-        drawn = {}
-        for kind, t in (("base", torch.zeros_like(theta)), ("tuned", theta)):
-            with studio.space.folded(t):
-                drawn[kind] = tensors(studio.preview.sample(studio.recipe, prompts, seeds=seeds))
-        with torch.no_grad():
-            right = {k: (judge(x).argmax(1) == labels).float().mean().item() for k, x in drawn.items()}
-        style = scores(*(statistics(x) for x in (drawn["tuned"], drawn["base"], taught)))
-        found[name] = style | {"content of the base": right["base"], "content": right["tuned"]}
-    return found
+class Exhibition:
+    """Subjects on no taught picture, drawn with the trigger and without it: by the base once, and by whatever model is
+    to be judged with the same seeds."""
+
+    def __init__(self, studio: Studio, taught: Tensor):
+        """studio: its recipe has every prompt (`asking`). taught: the taught pictures [B, 3, h, w]."""
+        self.judge, subjects = load_judge()
+        asked = [subject for subject in subjects[TAUGHT:] for _ in range(SEEDS)]
+        self.labels = torch.tensor([subjects.index(subject) for subject in asked])
+        worded = [wordings(studio.recipe, subject) for subject in asked]
+        self.prompts = {kind: [words[kind] for words in worded] for kind in worded[0]}
+        self.taught = statistics(taught)
+        with studio.space.folded(torch.zeros(studio.space.layout.size)):
+            self.base = self.drawn(studio)
+
+    def drawn(self, studio: Studio) -> dict[str, list[Image.Image]]:
+        """Pictures of every wording, by the model as it stands."""
+        seeds = [1000 + i for i in range(len(self.labels))]
+        return {k: studio.preview.sample(studio.recipe, asked, seeds=seeds) for k, asked in self.prompts.items()}
+
+    @torch.no_grad()
+    def scores(self, drawn: dict[str, list[Image.Image]]) -> dict[str, dict[str, float]]:
+        """Style and content of every wording."""
+        found = {}
+        for kind, images in drawn.items():
+            made, base = tensors(images), tensors(self.base[kind])
+            right = [(self.judge(x).argmax(1) == self.labels).float().mean().item() for x in (base, made)]
+            found[kind] = scores(statistics(made), statistics(base), self.taught)
+            found[kind] |= dict(zip(("content of the base", "content"), right, strict=True))
+        return found
 
 
-def prepared(recipe_file: Path, **settings) -> tuple[Studio, Tensor]:
-    """A studio whose captions include every prompt that is judged, and the taught pictures [B, 3, h, w]."""
+def asking(recipe: Recipe) -> Recipe:
+    """The recipe with every prompt that is judged among its prompts, so that its captions are there."""
     _, subjects = load_judge()
-    recipe = recipes.load(recipe_file)
     words = [prompt for subject in subjects[TAUGHT:] for prompt in wordings(recipe, subject).values()]
-    recipe = dataclasses.replace(recipe, prompts=tuple(dict.fromkeys((*recipe.prompts, *words))), **settings)
-    studio = prepare(recipe, CHECKOUT / "runs" / ".cache")
+    return dataclasses.replace(recipe, prompts=tuple(dict.fromkeys((*recipe.prompts, *words))))
+
+
+def taught(studio: Studio) -> Tensor:
+    """The pictures that a studio's recipe names [B, 3, h, w], in the size in which it draws."""
+    recipe = studio.recipe
     found = dataset.read(recipe.images, trigger=recipe.trigger, caption=recipe.caption)
-    return studio, tensors([dataset.fit(dataset.open_picture(p.path), studio.preview.size) for p in found])
+    return tensors([dataset.fit(dataset.open_picture(p.path), studio.preview.size) for p in found])
 
 
 def main() -> None:
@@ -220,9 +236,12 @@ def main() -> None:
         print(train_judge(given.steps, given.pictures))
         return
     run = Path(given.what)
-    studio, taught = prepared(run / "recipe.toml")
+    studio = prepare(asking(recipes.load(run / "recipe.toml")), CHECKOUT / "runs" / ".cache")
     theta = theta_of(load_style(run / "style.safetensors"), studio.space, studio.code_hash)
-    found = {f"{strength:g}": judged(studio, strength * theta, taught) for strength in given.strength}
+    exhibition, found = Exhibition(studio, taught(studio)), {}
+    for strength in given.strength:
+        with studio.space.folded(strength * theta):
+            found[f"{strength:g}"] = exhibition.scores(exhibition.drawn(studio))
     for strength, parts in found.items():
         for name, figures in parts.items():
             print(strength, name, {key: round(value, 3) for key, value in figures.items()})

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import quality
 import torch
 from common import CHECKOUT
 from torch import Tensor, nn
@@ -35,6 +36,7 @@ TESTED = 200  # texts of a test
 ANSWERS = 8  # sampled to each held-out prompt, in the test of a reward
 OWN = 64  # texts of the base's own, of each kind
 OWN_ROWS = 2000
+SHOWN = {"triggered": 8, "plain": 4}  # subjects in a row of pictures
 DAMAGE = 0.5  # standard deviation of the logarithm of what each row's scales are multiplied by
 NAMES = ("tarot", "woodcut", "voice", "sentiment", "json", "repair")
 
@@ -80,6 +82,7 @@ def recipe_of(name: str, quantization: str = "") -> Recipe:
         )
     else:
         recipe = recipes.load(CHECKOUT / "styles" / name / "recipe.toml")
+    recipe = quality.asking(recipe) if recipe.images else recipe
     return copy_of(recipe, quantization or recipe.quantization)
 
 
@@ -134,16 +137,19 @@ def copy_of(recipe: Recipe, quantization: str) -> Recipe:
 # --- the tests --------------------------------------------------------------------------------------------------------
 
 
+Put = Callable[[], AbstractContextManager]
+Judge = Callable[[Studio, Put], dict[str, float]]  # the figures of a studio's model inside of put()
+
+
 @dataclass
-class Judge:
-    """Items that are neither learnt nor held out, and the base's own texts; put on whatever model is to be judged."""
+class Reader:
+    """Judges texts that are neither learnt nor held out, and the base's own texts."""
 
     unseen: Studio | None  # its held-out items are the test; None: the task's own held-out prompts
     own: dict[str, list[Tokens]]  # by kind
 
-    def __call__(self, studio: Studio, put: Callable[[], AbstractContextManager]) -> dict[str, float]:
-        """The figures of a studio's model inside of put(): loss and accuracy on unseen texts, or rewards; and the loss
-        and the perplexity a token on the base's own texts."""
+    def __call__(self, studio: Studio, put: Put) -> dict[str, float]:
+        """Loss and accuracy on unseen texts, or rewards; and the perplexity a token on the base's own texts."""
         with torch.no_grad(), put():
             if isinstance(studio.task, Rewarded):
                 found = rewarded(studio.task)
@@ -161,11 +167,38 @@ class Judge:
         return found
 
 
-def judge(name: str, recipe: Recipe, studio: Studio) -> Judge | None:
-    """The judge of a task of texts; pictures are judged by quality.py."""
-    if not recipe.texts:
-        return None
-    return Judge(None if recipe.reward or name == "repair" else unseen(name, recipe), own_texts(studio))
+class Viewer:
+    """Judges pictures of subjects that none taught, with the trigger and without it (`quality.Exhibition`), and keeps
+    those that it drew last."""
+
+    def __init__(self, studio: Studio):
+        self.exhibition = quality.Exhibition(studio, quality.taught(studio))
+        self.drawn = self.exhibition.base
+
+    def __call__(self, studio: Studio, put: Put) -> dict[str, float]:
+        """With the trigger: the share of the way to the taught look, and of subjects that are recognised. Without it:
+        the share of pictures that have the taught look, and of subjects."""
+        with torch.no_grad(), put():
+            self.drawn = self.exhibition.drawn(studio)
+        found = self.exhibition.scores(self.drawn)
+        asked, plain = found["triggered"], found["plain"]
+        return {
+            "look": asked["share covered"],
+            "subjects": asked["content"],
+            "leak": plain["look"],
+            "plain subjects": plain["content"],
+        }
+
+    def shown(self, of: dict[str, list]) -> list:
+        """Of what belongs to every wording, a row to look at."""
+        return [x for kind, count in SHOWN.items() for x in of[kind][: count * quality.SEEDS : quality.SEEDS]]
+
+
+def judge(name: str, recipe: Recipe, studio: Studio) -> Judge:
+    """The judge of a task."""
+    if recipe.images:
+        return Viewer(studio)
+    return Reader(None if recipe.reward or name == "repair" else unseen(name, recipe), own_texts(studio))
 
 
 def unseen(task: str, recipe: Recipe) -> Studio:
