@@ -239,32 +239,27 @@ class Training:
         settings = draft.recipe()
         known = MODELS.get(settings.model)
         model = ("model", known.title if known else settings.model)
-        unit = "texts" if settings.texts else "pictures"
         if settings.texts:
             found = read(self.place.jobs, draft)
-            work, count = found.longest, found.usable
-            held = dataset.held_out(count, settings.holdout)
-            said = f"{count:,}, of which {held} are kept out to measure with"
-            taught = [("texts", said if count > 0 else "they are being read"), model]
+            unit, work, count = "texts", found.longest, found.usable
+            about = [model]
         else:
             contents = draft.contents()
-            resolution = settings.resolution or (known.resolution if known else "512")
             work = pixels_of(draft.buckets(), [picture.size for picture in contents.pictures.values()])
-            count = len(contents.pictures)
-            held = dataset.held_out(count, settings.holdout)
-            taught = [
-                ("pictures", f"{count}, of which {held} are kept out to measure with"),
-                ("trigger", settings.trigger or "none"),
-                model,
-                ("size", f"{resolution.replace(',', ', ')} pixels"),
-            ]
+            unit, count = "pictures", len(contents.pictures)
+            resolution = settings.resolution or (known.resolution if known else "512")
+            size = ("size", f"{resolution.replace(',', ', ')} pixels")
+            about = [("trigger", settings.trigger or "none"), model, size]
+        held = dataset.held_out(count, settings.holdout)
+        taught = f"{count:,}, of which {held} are kept out to measure with" if count > 0 else "they are being read"
         steps = recipes.budgeted(settings).steps
         sizes = sorted({settings.batch_at(step, max(0, count - held)) for step in (0, steps - 1)})
         batches = " to ".join(f"{size:,}" for size in sizes)
         found = self.streamed(draft)
         needs = estimate(settings, work, self.place.jobs, self.place.machine(), found.facts if found else {})
         rows = [
-            *taught,
+            (unit, taught),
+            *about,
             ("length", f"{steps:,} steps of {batches} {unit}"),
             ("time", time_needed(needs)),
             *memory_needed(needs, found),

@@ -169,7 +169,7 @@ def scores(made: Tensor, base: Tensor, taught: Tensor) -> dict[str, float]:
 
 def tensors(images: list) -> Tensor:
     """PIL pictures -> [B, 3, h, w] in -1..1."""
-    return torch.stack([torch.from_numpy(np.asarray(i.convert("RGB"))).permute(2, 0, 1) / 127.5 - 1 for i in images])
+    return torch.stack([torch.from_numpy(np.array(i.convert("RGB"))).permute(2, 0, 1) / 127.5 - 1 for i in images])
 
 
 def wordings(recipe: Recipe, subject: str) -> dict[str, str]:
