@@ -12,6 +12,7 @@ import torch
 
 from zo_engine.__main__ import main
 from zo_engine.models import load_transformer
+from zo_engine.tasks import text
 
 # Tests run side by side (start.py): each process gets its share of the cores.
 torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1))))
@@ -22,6 +23,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for item in items:
             if item.get_closest_marker("gpu"):
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture(scope="module")
+def few_own_texts():
+    """The base writes few and short texts of its own: for modules whose tests do not ask how many there are. A random
+    model never ends one by itself, and 64 tokens take a streamed one longer than the training."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(text, "OWN", 8)
+        patch.setattr(text, "OWN_TOKENS", 8)
+        yield
 
 
 @pytest.fixture(scope="session")

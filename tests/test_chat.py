@@ -17,6 +17,8 @@ from zo_engine.texts import Message
 from zo_engine.tokens import prompt_ids
 from zo_engine.train import prepare
 
+pytestmark = pytest.mark.usefixtures("few_own_texts")
+
 
 @pytest.fixture(scope="module")
 def run(language_folder, tmp_path_factory) -> Run:

@@ -16,6 +16,8 @@ import tasks
 from zo_engine import train
 from zo_engine.probes import GroupSpace
 
+pytestmark = pytest.mark.usefixtures("few_own_texts")
+
 model, recipe, studio = test_text_train.model, test_text_train.recipe, test_text_train.studio
 TUNED = (contestants.gains, contestants.scales, contestants.lora)
 

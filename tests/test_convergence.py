@@ -11,6 +11,8 @@ from zo_engine.convergence import LEAST, trend
 from zo_engine.recipe import GROWTH, last_doubling
 from zo_engine.run import Run
 
+pytestmark = pytest.mark.usefixtures("few_own_texts")
+
 model, recipe, studio = test_text_train.model, test_text_train.recipe, test_text_train.studio
 
 

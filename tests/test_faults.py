@@ -25,6 +25,8 @@ from zo_engine.recipe import Recipe, named
 from zo_engine.run import Run, RunError, write_atomic
 from zo_engine.style import FORMAT, Style, StyleError, load_style, save_style
 
+pytestmark = pytest.mark.usefixtures("few_own_texts")
+
 FLIPS = 40  # of single bits, in every kind of file
 
 

@@ -31,6 +31,8 @@ from zo_engine.style import make_method, make_space
 from zo_engine.tasks.text import stack, token_features, token_losses
 from zo_engine.tokens import Tokens
 
+pytestmark = pytest.mark.usefixtures("few_own_texts")
+
 
 @pytest.fixture(scope="session")
 def language_folder(tmp_path_factory) -> Path:

@@ -20,7 +20,11 @@ from zo_engine.inspection import inspect
 from zo_engine.recipe import Recipe
 from zo_engine.run import Run
 from zo_engine.style import load_style, make_method, make_space, theta_of, views_of
+from zo_engine.tasks import text
 from zo_engine.tasks.text import choose, own_texts, stack, token_features, token_losses
+from zo_engine.tokens import OWN_TOKENS
+
+pytestmark = pytest.mark.usefixtures("few_own_texts")
 
 ROWS = [{"text": f"{'fine' if i % 2 else 'dull'} {i}", "label": "good" if i % 2 else "bad"} for i in range(16)]
 # Settings that there were not always.
@@ -170,7 +174,9 @@ def test_a_style_tells_of_the_norm_though_it_does_not_tell_of_the_texts(recipe, 
     assert not pictures.tunes_norm and not recipes.make(pictures.public()).tunes_norm
 
 
-def test_what_the_base_writes_by_itself_stays_likelier_where_it_is_kept(recipe, tmp_path):
+def test_what_the_base_writes_by_itself_stays_likelier_where_it_is_kept(recipe, tmp_path, monkeypatch):
+    monkeypatch.setattr(text, "OWN", 64)
+    monkeypatch.setattr(text, "OWN_TOKENS", OWN_TOKENS)
     forgot = {}
     for keeps in (0.0, 0.5):
         mine = dataclasses.replace(recipe, steps=6, batch_size=8, directions=32, own_texts=keeps, final_norm="tuned")

@@ -17,6 +17,8 @@ from zo_engine.style import load_style, save_style
 from zo_engine.train import prepare, replayed
 from zo_engine.verify import rounding, verify
 
+pytestmark = pytest.mark.usefixtures("few_own_texts")
+
 
 @pytest.fixture(scope="module")
 def whole(studio, tmp_path_factory) -> Run:  # noqa: F811

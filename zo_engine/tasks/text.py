@@ -24,6 +24,7 @@ from zo_engine.tokens import IGNORED, OWN_TOKENS, Tokens, beginning_ids, opening
 
 OWN = 64  # texts of the base's own
 FEATURES = 1 << 15  # of one row of a probe, at most
+ROOM = 1 << 20  # logits that are read at once, unless one row has more
 CHOICE = 3.0  # weight of which choice is right, beside the mean over an answer's tokens
 
 
@@ -92,10 +93,10 @@ def token_losses(model: nn.Module, batch: Batch) -> Tensor:
     log-likelihood of the right choice where only choices can be written. Which choice is right is a small part of what
     an answer's tokens say, and all that is asked.
 
-    Logits are widened to fp32 one example at a time: with a vocabulary of 10^5 they would outgrow everything else.
+    Logits are widened to fp32 some rows at a time: with a vocabulary of 10^5 they would outgrow everything else.
     Where the output layer is large they are not even made at once: see `Reading`.
     """
-    return torch.stack([reading.loss() for reading in _readings(model, batch, 0)])
+    return torch.cat([reading.losses() for reading in _readings(model, batch, 0)])
 
 
 def token_features(model: nn.Module, batch: Batch, most: int = FEATURES) -> Tensor:
@@ -112,20 +113,21 @@ def token_features(model: nn.Module, batch: Batch, most: int = FEATURES) -> Tens
     Farach-Colton 2002): inner products, all that the method reads, stay right in expectation over the signs. Where
     there are rivals, the features of the choices follow.
     """
-    return torch.stack([torch.cat([r.loss()[None], r.features()]) for r in _readings(model, batch, most)])
+    return torch.cat([torch.cat([r.losses()[:, None], r.features()], 1) for r in _readings(model, batch, most)])
 
 
 def sketched(values: Tensor, buckets: int, start: int = 0, size: int = 0) -> Tensor:
-    """[n, V] -> [n, buckets], or the values themselves where V is no more: entry i is added to bucket i % buckets, with
-    a sign that belongs to i alone. By sums of slices, in the same order on every device.
+    """[..., V] -> [..., buckets], or the values themselves where V is no more: entry i is added to bucket i % buckets,
+    with a sign that belongs to i alone. By sums of slices, in the same order on every device.
 
-    start, size: the values are a piece, from `start` on, of [n, size]; the sketches of all pieces add up to its own."""
-    buckets, stop = max(1, buckets), start + values.shape[1]
+    start, size: the values are a piece, from `start` on, of [..., size]; the sketches of all pieces add up to its own.
+    """
+    buckets, stop = max(1, buckets), start + values.shape[-1]
     size = size or stop
     if size <= buckets:
-        return pad(values, (start, size - stop)) if values.shape[1] < size else values
+        return pad(values, (start, size - stop)) if values.shape[-1] < size else values
     signed = values * _signs(size, str(values.device))[start:stop].to(values.dtype)
-    return pad(signed, (start % buckets, -stop % buckets)).unflatten(1, (-1, buckets)).sum(1)
+    return pad(signed, (start % buckets, -stop % buckets)).unflatten(-1, (-1, buckets)).sum(-2)
 
 
 @cache
@@ -134,81 +136,85 @@ def _signs(size: int, device: str) -> Tensor:
 
 
 class Reading:
-    """Logits of one example [n, V] at its places, read at once or by pieces of the vocabulary, each used and dropped.
+    """Logits of some rows [b, n, V] at their places, at once or by pieces of the vocabulary, each read and dropped.
 
     By pieces the softmax is made as it goes (Milakov, Gimelshein, arXiv:1805.02867): sums and sketch are kept in units
     of exp(highest logit so far). That differs from what is read at once by rounding alone.
     """
 
-    def __init__(self, asked: Tensor, parted: Tensor, most: int):
-        """asked: [n, 1 + m], the label of every place and its rivals. parted: the places that have any, on the host.
-        most: features at most; with 0 there are none."""
-        self.asked, self.labels, self.parted = asked, asked[:, 0], parted
-        self.buckets, self.most = most // max(1, len(asked)), most
+    def __init__(self, asked: Tensor, most: int):
+        """asked: [b, n, 1 + m], the label of every place and its rivals. most: features of a row, at most; with 0 there
+        are none."""
+        self.asked, self.labels, self.learnt = asked, asked[..., 0], asked[..., 0] != IGNORED
+        self.parted = (asked[..., 1:] != IGNORED).any(-1)  # the places that have rivals
+        self.buckets, self.most = most // max(1, asked.shape[1]), most
         self.logits: Tensor | None = None  # where they come at once
 
     def add(self, logits: Tensor, start: int, size: int) -> None:
-        """Logits [n, v] in fp32 or wider of the tokens from `start` on, of `size` in all."""
-        if logits.shape[1] == size:
+        """Logits [b, n, v] of the tokens from `start` on, of `size` in all; read in fp32 or wider."""
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        if logits.shape[-1] == size:
             self.logits = logits
             return
         if start == 0:
-            self.top = logits.new_full((len(logits),), torch.finfo(logits.dtype).min)
+            self.top = torch.full_like(logits[..., 0], torch.finfo(logits.dtype).min)
             self.total, self.found, self.sketch = torch.zeros_like(self.top), logits.new_zeros(self.asked.shape), 0.0
-        inside = (self.asked >= start) & (self.asked < start + logits.shape[1])
-        index = (self.asked - start).clamp(0, logits.shape[1] - 1)
-        self.found = torch.where(inside, logits.gather(1, index), self.found)
-        top = torch.maximum(self.top, logits.amax(1))
+        inside = (self.asked >= start) & (self.asked < start + logits.shape[-1])
+        index = (self.asked - start).clamp(0, logits.shape[-1] - 1)
+        self.found = torch.where(inside, logits.gather(-1, index), self.found)
+        top = torch.maximum(self.top, logits.amax(-1))
         before = (self.top - top).exp()  # what was summed so far, in the new unit
-        mine = (logits - top[:, None]).exp_()
-        self.top, self.total = top, self.total * before + mine.sum(1)
+        mine = (logits - top[..., None]).exp_()
+        self.top, self.total = top, self.total * before + mine.sum(-1)
         if self.most:
-            self.sketch = self.sketch * before.sqrt()[:, None] + sketched(mine.sqrt_(), self.buckets, start, size)
+            self.sketch = self.sketch * before.sqrt()[..., None] + sketched(mine.sqrt_(), self.buckets, start, size)
 
-    def loss(self) -> Tensor:
-        """Mean cross-entropy of the learnt tokens, and that of the choices."""
+    def losses(self) -> Tensor:
+        """[b]: mean cross-entropy of the learnt tokens, and that of the choices."""
         if self.logits is not None:
-            loss = cross_entropy(self.logits, self.labels, ignore_index=IGNORED)
+            labels = self.labels.flatten()
+            found = cross_entropy(self.logits.flatten(0, 1), labels, ignore_index=IGNORED, reduction="none")
+            found = found.view_as(self.labels)
         else:
-            learnt = self.labels != IGNORED
-            loss = ((self.top + self.total.log() - self.found[:, 0]) * learnt).sum() / learnt.sum()
-        if self.asked.shape[1] == 1:
-            return loss
-        return loss - CHOICE * self._choices().log_softmax(1)[:, 0].sum()
+            found = (self.top + self.total.log() - self.found[..., 0]) * self.learnt
+        losses = found.sum(1) / self.learnt.sum(1)
+        if self.asked.shape[-1] == 1:
+            return losses
+        return losses - CHOICE * (self._choices().log_softmax(-1)[..., 0] * self.parted).sum(1)
 
     def features(self) -> Tensor:
-        """[n * V], or [n * buckets] where V is more; and [n * (1 + m)] of the choices, if there are any."""
-        learnt = self.labels != IGNORED
-        share = 2 * learnt[:, None] / learnt.sum()
+        """[b, n * V], or [b, n * buckets] where V is more; then [b, n * (1 + m)] of the choices, if there are any."""
+        share = 2 * self.learnt[..., None] / self.learnt.sum(1)[:, None, None]
         if self.logits is not None:
             found = sketched((self.logits.softmax(-1) * share).sqrt(), self.buckets)
         else:
-            found = self.sketch * (share / self.total[:, None]).sqrt()
-        if self.asked.shape[1] == 1:
-            return found.flatten()
-        chosen = torch.zeros_like(self.asked, dtype=found.dtype)
-        chosen[self.parted] = (2 * CHOICE * self._choices().softmax(1)).sqrt()
-        return torch.cat([found.flatten(), chosen.flatten()])
+            found = self.sketch * (share / self.total[..., None]).sqrt()
+        if self.asked.shape[-1] == 1:
+            return found.flatten(1)
+        chosen = (2 * CHOICE * self._choices().softmax(-1) * self.parted[..., None]).sqrt()
+        return torch.cat([found.flatten(1), chosen.flatten(1)], 1)
 
     def _choices(self) -> Tensor:
-        """The logits of each token and its rivals [places that have some, 1 + m]."""
-        found = self.found if self.logits is None else self.logits.gather(1, self.asked.clamp(min=0))
-        return found.masked_fill(self.asked == IGNORED, -torch.inf)[self.parted]
+        """The logits of each token and its rivals [b, n, 1 + m]; of places without any they mean nothing."""
+        found = self.found if self.logits is None else self.logits.gather(-1, self.asked.clamp(min=0))
+        return found.masked_fill((self.asked == IGNORED) & self.parted[..., None], -torch.inf)
 
 
 def _readings(model: nn.Module, batch: Batch, most: int) -> Iterator[Reading]:
-    """The logits of every example at the positions where some example learns: they are made for no others."""
+    """The logits of all rows, some at a time, at the positions where some example learns: they are made for no
+    others."""
     places, device = _places(batch), batch.tokens.device
-    asked = torch.cat([batch.labels[..., None], batch.rivals], 2)[:, places + 1]
-    parted = (row.nonzero().flatten() for row in (asked[..., 1:] != IGNORED).any(2))
-    readings = (Reading(*row, most) for row in zip(asked.to(device), parted, strict=True))
+    asked = torch.cat([batch.labels[..., None], batch.rivals], 2)[:, places + 1].to(device)
     # Without a mask, which would be looked at: a causal model sees no padding before what counts.
     call = partial(model, input_ids=batch.tokens, use_cache=False, logits_to_keep=places.to(device))
     head = model.get_output_embeddings()
     parts = head_parts(head)
     if len(parts) < 2:
-        for row, reading in zip(_wide(call().logits), readings, strict=True):
-            reading.add(row, 0, row.shape[1])
+        logits = call().logits  # [B, places, V]
+        rows = max(1, ROOM // logits[0].numel())
+        for some, mine in zip(asked.split(rows), logits.split(rows), strict=True):
+            reading = Reading(some, most)
+            reading.add(mine, 0, mine.shape[-1])
             yield reading
         return
     inputs, kinds = [], []  # what the output layer is asked, and how the layers before it answer
@@ -220,12 +226,12 @@ def _readings(model: nn.Module, batch: Batch, most: int) -> Iterator[Reading]:
 
     with _answering(base, answered), _answering(head, lambda x: inputs.append(x) or x[..., :1]):
         call()
-    readings = list(readings)
+    readings = [Reading(row, most) for row in asked.split(1)]
     again = lambda *_, **__: kinds[0](last_hidden_state=inputs[0])  # noqa: E731
     for part in parts:  # the model's own way from there to logits, for a piece of them
         with _answering(base, again), _answering(head, part):
             logits = model(input_ids=batch.tokens, use_cache=False).logits  # [B, places, v]
-        for reading, row in zip(readings, _wide(logits), strict=True):
+        for reading, row in zip(readings, logits.split(1), strict=True):
             reading.add(row, start, size)
         start += logits.shape[-1]
     yield from readings
@@ -234,11 +240,6 @@ def _readings(model: nn.Module, batch: Batch, most: int) -> Iterator[Reading]:
 def _places(batch: Batch) -> Tensor:
     """The positions whose next token some example learns."""
     return (batch.labels[:, 1:] != IGNORED).any(0).nonzero().flatten()
-
-
-def _wide(logits: Tensor) -> Iterator[Tensor]:
-    """Row by row in fp32 or wider."""
-    return (row.to(torch.promote_types(row.dtype, torch.float32)) for row in logits)
 
 
 @contextmanager
