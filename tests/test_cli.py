@@ -80,7 +80,7 @@ def test_an_existing_run_is_not_trained_over(qzo, recipe, tmp_path):
         (["--resolution", "33"], "resolution 33 is not a multiple of 16"),
         (["--resolution", "large"], "neither a side like 512 nor a list"),
         (["--model", "tiny-sd4"], "did you mean 'tiny-sd3'?"),
-        (["--eps", "nan"], "eps = nan is outside of 1e-08 to 1"),
+        (["--eps", "nan"], "eps = nan is outside of 0 to 1"),
         (["--steps", "0"], "steps = 0 is outside of 1 and above"),
         (["--batch-size", "many"], "'many' is not a valid integer"),
         (["--step", "3"], "No such option '--step'"),

@@ -133,8 +133,9 @@ def test_a_wrong_type_is_refused(line, sentence, written):
     ("line", "sentence"),
     [
         ("steps = 0", "steps = 0 is outside of 1 and above"),
-        ("eps = 2.0", "eps = 2.0 is outside of 1e-08 to 1"),
-        ("eps = 0", "eps = 0.0 is outside of 1e-08 to 1"),
+        ("eps = 2.0", "eps = 2.0 is outside of 0 to 1"),
+        ("eps = 1e-9", "eps = 1e-09 is too small to be seen; 0 leaves it to the precision that computes"),
+        ("eps = -1", "eps = -1.0 is outside of 0 to 1"),
         ("momentum = 1.0", "momentum = 1.0 is outside of 0 to 0.9999"),
         ("holdout = -0.1", "holdout = -0.1 is outside of 0 to 0.5"),
         ("sigma_mean = -5.1", "sigma_mean = -5.1 is outside of -5 to 5"),

@@ -17,7 +17,7 @@ from zo_engine.apply import open_style
 from zo_engine.dataset import DataError
 from zo_engine.hub import ModelError, check, check_pipeline, is_language, language_files, wanted_files
 from zo_engine.inspection import inspect
-from zo_engine.recipe import Recipe
+from zo_engine.recipe import COARSE_EPS, EPS, Recipe
 from zo_engine.run import Run
 from zo_engine.style import load_style, make_method, make_space, theta_of, views_of
 from zo_engine.tasks import text
@@ -164,6 +164,30 @@ def test_batches_of_texts_double_up_to_all_there_are(recipe, tmp_path, monkeypat
     found = theta_of(style, make_space(views_of(studio.model, style.recipe), style.recipe), studio.code_hash)
     assert style.recipe.grows_batch and found.any()
     assert torch.equal(found, theta_of(theta, studio.space, studio.code_hash))
+
+
+def test_the_perturbation_is_that_of_the_precision(recipe, tmp_path):
+    """What a step sees of the loss in bfloat16, against fp32: with the perturbation of fp32 it drowns in rounding."""
+    plain = dataclasses.replace(
+        recipe, model="tiny-llm", own_texts=0.0, depth=0.34, directions=16, batch_size=4, rows=32
+    )
+
+    def seen(dtype: str, eps: float = 0.0) -> tuple[torch.Tensor, torch.Tensor]:
+        """Products of different columns of the Jacobian, and the slopes."""
+        studio = training.prepare(dataclasses.replace(plain, dtype=dtype, eps=eps), tmp_path)
+        assert studio.recipe.eps == (eps or {"float32": EPS, "bfloat16": COARSE_EPS}[dtype])
+        state, found = training.Training(Run.create(tmp_path / f"{dtype}-{eps}", studio.recipe), studio), []
+        model = state.method._model
+        state.method._model = lambda *given: found.append(model(*given)) or found[0]
+        state.step()
+        gram, slope, _ = found[0]
+        return gram.triu(1), slope
+
+    exact = seen("float32", 1e-3)
+    off = lambda *given: [((a - b).norm() / b.norm()).item() for a, b in zip(seen(*given), exact, strict=True)]  # noqa: E731
+    fine, drowned, coarse = off("float32"), off("bfloat16", EPS), off("bfloat16")
+    assert max(fine) < 0.05 and max(coarse) < 0.5
+    assert all(a < b / 2 for a, b in zip(coarse, drowned, strict=True))
 
 
 def test_a_style_tells_of_the_norm_though_it_does_not_tell_of_the_texts(recipe, tmp_path):

@@ -20,6 +20,7 @@ from zo_engine.rewards import beside, is_file
 DIRECTIONS = 96  # of every level in a Gauss-Newton step, at first
 GROWTH = 12  # steps after which they, or the batch, double: early on a new look is worth more than a wider one
 DOUBLINGS = 3
+EPS, COARSE_EPS = 0.01, 0.03  # the perturbation; and of gauss-newton where bfloat16 computes (`train.settled`)
 BUDGETS = {"quick": 1 / 3, "normal": 1.0, "thorough": 2.0}  # of the recipe's steps
 
 
@@ -94,7 +95,8 @@ class Recipe:
                            "the batch where texts are given, else directions",
                            choices=("auto", "directions", "batch"))  # fmt: skip
     noise: str = setting("rademacher", "kind of direction", choices=("rademacher", "gaussian"))
-    eps: float = setting(0.01, "size of the perturbation; relative, but for the absolute form", low=1e-8, high=1.0)
+    eps: float = setting(0.0, "size of the perturbation; relative, but for the absolute form; 0: as the precision that "
+                         "computes asks for", low=0.0, high=1.0)  # fmt: skip
     clip: float = setting(0.0, "clip of the directional derivative; 0: the running quantile", low=0.0)
     clip_quantile: float = setting(0.98, "quantile of |d| that the clip follows", low=0.5, high=1.0)
     optimizer: str = setting("gauss-newton", "from passes to an update: the errors' own shape, or slopes of the loss",
@@ -138,6 +140,8 @@ class Recipe:
     def __post_init__(self) -> None:
         for f in fields(self):
             object.__setattr__(self, f.name, _checked(f, getattr(self, f.name)))
+        if 0 < self.eps < 1e-8:
+            raise RecipeError(f"eps = {self.eps} is too small to be seen; 0 leaves it to the precision that computes")
         if self.optimizer == "gauss-newton" and self.space != "gain":
             raise RecipeError(f'optimizer "gauss-newton" moves gains; with space = "{self.space}" choose "sgd"')
         if self.moves == "codebooks" and (self.quantization != "aqlm" or self.space == "gain"):

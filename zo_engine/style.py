@@ -20,7 +20,7 @@ from zo_engine.blocks import levels
 from zo_engine.journal import Move, Record, Step, short
 from zo_engine.newton import GaussNewton
 from zo_engine.probes import GainSpace, GroupSpace, Space
-from zo_engine.recipe import DIRECTIONS, Recipe, RecipeError, remembered
+from zo_engine.recipe import DIRECTIONS, EPS, Recipe, RecipeError, remembered
 from zo_engine.scales import ScaleView, find_scales, formats_of
 from zo_engine.zo import ZO
 
@@ -82,7 +82,7 @@ def make_method(space: Space, recipe: Recipe, device: torch.device | str = "cpu"
             per_part=[level.share(recipe.directions or DIRECTIONS) for level in found],
             doublings=recipe.wider,
             kind=recipe.noise,
-            eps=recipe.eps,
+            eps=recipe.eps or EPS,
             device=device,
         )
     rows = recipe.batch_size if recipe.space == "gain" else 1
@@ -91,7 +91,7 @@ def make_method(space: Space, recipe: Recipe, device: torch.device | str = "cpu"
         seed=recipe.seed,
         per_step=(recipe.directions or max(1, round(1 / recipe.depth))) * rows,
         kind=recipe.noise,
-        eps=recipe.eps,
+        eps=recipe.eps or EPS,
         clip=recipe.clip,
         clip_quantile=recipe.clip_quantile,
         optimizer=recipe.optimizer,

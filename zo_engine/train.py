@@ -42,7 +42,7 @@ from zo_engine.hub import first_line, is_language, read_json, some, weights_held
 from zo_engine.journal import Record, short
 from zo_engine.newton import GaussNewton
 from zo_engine.probes import Evaluations, Probes, Space
-from zo_engine.recipe import Recipe, RecipeError, budgeted, last_doubling, named
+from zo_engine.recipe import COARSE_EPS, EPS, Recipe, RecipeError, budgeted, last_doubling, named
 from zo_engine.run import Run, write_atomic
 from zo_engine.scales import ScaleView, prove_live
 from zo_engine.style import (
@@ -267,6 +267,17 @@ def pick_dtype(dtype: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
 
 
+def settled(recipe: Recipe) -> Recipe:
+    """The recipe with the perturbation that the precision it computes in asks for, where it leaves that open.
+
+    bfloat16 keeps eight bits of every output: differences that a perturbation of 1 % makes drown in its rounding, and
+    what the two roundings share tilts all slopes alike. Three times as much is still nearly linear (benchmarks/LOG.md,
+    30 November 2026)."""
+    dtype = pick_dtype(recipe.dtype, pick_device(recipe.device))
+    coarse = dtype == torch.bfloat16 and recipe.optimizer == "gauss-newton"
+    return dataclasses.replace(recipe, eps=recipe.eps or (COARSE_EPS if coarse else EPS))
+
+
 def split(pictures: list, share: float, seed: int) -> tuple[list, list]:
     """(training, held-out), at random."""
     count = dataset.held_out(len(pictures), share)
@@ -314,7 +325,7 @@ def changes(before: dict[str, list[str]], now: dict[str, list[str]]) -> str:
 
 def prepare(recipe: Recipe, cache_folder: Path, say: Callable[[str], None] = lambda text: None) -> Studio:
     """Load what the recipe asks for. Raises ValueError (of some kind) for whatever the user can mend."""
-    recipe = budgeted(recipe)
+    recipe = settled(budgeted(recipe))
     if recipe.reward and not recipe.texts:
         raise RecipeError(f"the reward {recipe.reward!r} judges answers; give `texts` with the prompts")
     with device_faults("loading the model"):
