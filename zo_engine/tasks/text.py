@@ -211,7 +211,7 @@ def _readings(model: nn.Module, batch: Batch, most: int) -> Iterator[Reading]:
     parts = head_parts(head)
     if len(parts) < 2:
         logits = call().logits  # [B, places, V]
-        rows = max(1, ROOM // logits[0].numel())
+        rows = max(1, ROOM // max(1, logits[0].numel()))
         for some, mine in zip(asked.split(rows), logits.split(rows), strict=True):
             reading = Reading(some, most)
             reading.add(mine, 0, mine.shape[-1])
