@@ -33,6 +33,7 @@ COST = (
     "directions",
     "doublings",
     "doubles",
+    "halvings",
     "optimizer",
     "prior",
     "own_texts",
@@ -44,15 +45,16 @@ COST = (
 
 @dataclass(frozen=True)
 class Measured:
-    """What an earlier run on this machine took. Work: the pixels, or tokens, of a batch."""
+    """What an earlier run on this machine took. each: pixels of a picture, or tokens of a text; work: of a batch."""
 
     name: str
     step: float  # seconds a step
     memory: int  # bytes
-    work: float
+    each: int
+    work: int
     disk: int  # bytes of its folder
     steps: int
-    rows: int  # of all its steps, for one picture or text
+    rows: int  # of all its steps
 
 
 @dataclass(frozen=True)
@@ -100,7 +102,7 @@ def estimate(
     exact = like is not None and like.work == work
     known = like if work else None
     return Estimate(
-        seconds=known.step * known.steps * (_rows(settings) / known.rows) * (work / known.work) if known else None,
+        seconds=known.step * known.steps * (_rows(settings) / known.rows) * (each / known.each) if known else None,
         memory=planned["device"] if planned else like.memory if exact else doctor.need(settings.model, bool(card)),
         disk=drawn + (like.disk / like.steps if like else 20_000) * settings.steps,
         download=fetched,
@@ -130,8 +132,8 @@ def measured(run: Run, settings: Recipe) -> Measured | None:
     kept = sum(f.stat().st_size for f in folders if f.exists())
     steps = max(1, int(status["step"]))
     rows = _rows(dataclasses.replace(theirs, steps=steps))
-    return Measured(run.path.name, status["seconds_per_step"], status["memory"], theirs.batch_size * each, kept,
-                    steps, rows)  # fmt: skip
+    return Measured(run.path.name, status["seconds_per_step"], status["memory"], each,
+                    theirs.batch_size * each, kept, steps, rows)  # fmt: skip
 
 
 def pace(model: str, jobs: Jobs) -> tuple[str, float, int]:
@@ -149,7 +151,7 @@ def pace(model: str, jobs: Jobs) -> tuple[str, float, int]:
 def _rows(settings: Recipe) -> int:
     """What all steps cost together, in forward passes of a picture or text: later ones may cost more than the first."""
     if settings.optimizer != "gauss-newton":
-        return settings.steps
+        return settings.steps * settings.batch_size
     return sum(settings.directions_at(step) * settings.batch_at(step) for step in range(settings.steps))
 
 

@@ -10,9 +10,9 @@ from app.jobs import Job, Jobs
 from zo_engine.recipe import Recipe
 
 READS = ("texts", "text_columns", "completions_only", "skip_bad", "holdout", "length", "model", "quantization",
-         "resolution", "batch_size", "depth", "layers", "directions", "doublings", "doubles", "steps", "budget", "rows",
-         "space", "optimizer", "columns", "final_norm", "reward", "noise", "prior", "own_texts", "prompts",
-         "evaluate_items", "memory", "offload", "transport")  # fmt: skip
+         "resolution", "batch_size", "depth", "layers", "directions", "doublings", "doubles", "halvings", "steps",
+         "budget", "rows", "space", "optimizer", "columns", "final_norm", "reward", "noise", "prior", "own_texts",
+         "prompts", "evaluate_items", "memory", "offload", "transport")  # fmt: skip
 FREE = 0.9  # of what is free, as a run takes with memory = "auto"
 
 

@@ -100,11 +100,11 @@ def price(studio: Studio, training: Training) -> float:
     blocks = len(studio.model.get_submodule(found[0].blocks)) if found[0].blocks else 0  # without: all in one level
     shares = [(blocks - level.first + 0.25) / (blocks + 0.25) for level in found]
     if isinstance(method, GaussNewton):
-        rows, examples = [count + 1 for count in method.counts(method.step)], training.lesson_size(method.step)
-        rows[-1] += len(studio.task.tries) + 1  # with a reward, of which fewer answers may be learnt, at most
+        rows, step = [count + 1 for count in method.counts(method.step)], method.step
+        tried = (len(studio.task.tries) + 1) * recipe.tried_at(step + 1, studio.examples)  # with a reward, at most
         training.step()
         each = sum(share * count + (1 - share) for share, count in zip(shares, rows, strict=True))
-        return each * examples / PICTURES
+        return (each * recipe.batch_at(step, studio.examples) + shares[-1] * tried) / PICTURES
     directions = method.per_step / (recipe.batch_size if recipe.space == "gain" else 1)
     probes = 2 * directions + (3 if training.step().search else 0)
     return (1 - shares[-1] + shares[-1] * probes) * recipe.batch_size / PICTURES

@@ -8,7 +8,7 @@ import test_text_train
 from test_train import go
 
 from zo_engine.convergence import LEAST, trend
-from zo_engine.recipe import GROWTH, last_doubling
+from zo_engine.recipe import GROWTH, HALVED, Recipe
 from zo_engine.run import Run
 
 pytestmark = pytest.mark.usefixtures("few_own_texts")
@@ -59,10 +59,10 @@ def test_too_little_or_damaged_is_no_trend():
 
 
 def test_a_wider_look_is_waited_for():
-    assert [last_doubling(steps, 2) for steps in (0, 1, GROWTH, GROWTH + 1, 2 * GROWTH + 1, 100)] == [
-        *(0, 0, 0, GROWTH, 2 * GROWTH, 2 * GROWTH)
-    ]
-    assert last_doubling(100, 3) == 3 * GROWTH and last_doubling(100, 0) == 0
+    recipe, steps = Recipe(doublings=2, halvings=1), (0, 1, HALVED, HALVED + 1, GROWTH, GROWTH + 1, 2 * GROWTH + 1, 100)
+    assert [recipe.widened(n) for n in steps] == [0, 0, 0, HALVED, HALVED, GROWTH, 2 * GROWTH, 2 * GROWTH]
+    assert Recipe().widened(10**6) == 3 * GROWTH and Recipe(doublings=0, halvings=0).widened(100) == 0
+    assert Recipe(optimizer="sgd").widened(100) == 0
 
 
 def ends(run: Run) -> int:

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from zo_engine import recipe as recipes
-from zo_engine.recipe import GROWTH, Recipe, RecipeError, dump, load, make
+from zo_engine.recipe import GROWTH, HALVED, Recipe, RecipeError, dump, load, make
 
 OTHER = {str: "other", int: 99, tuple[str, ...]: ("a [trigger] sun", 'quotes " \\ ü\n')}
 
@@ -279,8 +279,8 @@ def test_what_doubles_is_the_batch_of_given_texts_and_else_the_directions(tmp_pa
         (dataclasses.replace(texts, doubles="directions", doublings=1), 16, 192),
         (dataclasses.replace(pictures, doubles="batch", directions=10, doublings=2), 64, 10),
     ):
-        assert (recipe.batch_at(0), recipe.directions_at(0)) == (16, recipe.directions or 96)
-        assert (recipe.batch_at(GROWTH - 1), recipe.batch_at(late)) == (16, batch)
+        assert recipe.directions_at(0) == (recipe.directions or 96)
+        assert recipe.batch_at(late) == batch
         assert recipe.directions_at(late) == recipe.directions_at(100 * late) == directions
         kept = recipes.make(recipe.public())  # without its texts
         assert (kept.batch_at(late), kept.directions_at(late)) == (batch, directions)
@@ -288,3 +288,16 @@ def test_what_doubles_is_the_batch_of_given_texts_and_else_the_directions(tmp_pa
     assert dataclasses.replace(pictures, doubles="batch").batch_at(late, 20) == 128  # under other noise
     slopes = dataclasses.replace(texts, optimizer="sgd", doubles="batch")
     assert not slopes.grows_batch and slopes.batch_at(late) == 16
+
+
+def test_the_first_steps_learn_from_few_and_try_on_whole_batches():
+    def sizes(**settings):
+        recipe = Recipe(**{"batch_size": 16, "doublings": 0} | settings)
+        return [recipe.batch_at(step) for step in (0, HALVED - 1, HALVED, 2 * HALVED - 1, 2 * HALVED)]
+
+    assert sizes() == sizes(texts="a.jsonl") == [4, 4, 8, 8, 16]
+    assert sizes(halvings=1) == [8, 8, 16, 16, 16]
+    assert sizes(batch_size=6) == [4, 4, 4, 4, 6] and sizes(batch_size=3) == [3] * 5
+    assert sizes(halvings=0) == sizes(optimizer="sgd") == sizes(texts="a.jsonl", reward="json") == [16] * 5
+    texts = Recipe(texts="a.jsonl")
+    assert [texts.tried_at(step, 40) for step in (0, HALVED, GROWTH, 2 * GROWTH)] == [16, 16, 32, 40]

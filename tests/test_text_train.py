@@ -28,7 +28,7 @@ pytestmark = pytest.mark.usefixtures("few_own_texts")
 
 ROWS = [{"text": f"{'fine' if i % 2 else 'dull'} {i}", "label": "good" if i % 2 else "bad"} for i in range(16)]
 # Settings that there were not always.
-TODAY = {"final_norm": "auto", "own_texts": 0.25, "doublings": 3, "doubles": "auto"}
+TODAY = {"final_norm": "auto", "own_texts": 0.25, "doublings": 3, "doubles": "auto", "halvings": 2}
 
 
 @pytest.fixture(scope="module")
@@ -127,7 +127,9 @@ def test_a_plan_reads_the_texts_and_is_of_the_longest_and_of_as_many_as_there_ar
 
 @pytest.mark.parametrize("settings", [{"reward": "length:12", "final_norm": "frozen"}, {"final_norm": "auto"}])
 def test_runs_and_styles_from_before_there_were_such_settings_stay_what_they_were(recipe, tmp_path, settings):
-    mine = dataclasses.replace(recipe, steps=3, own_texts=0.0, doublings=2, doubles="directions", **settings)
+    mine = dataclasses.replace(
+        recipe, steps=3, own_texts=0.0, doublings=2, doubles="directions", halvings=0, **settings
+    )
     assert "model.norm" in training.prepare(dataclasses.replace(mine, **TODAY), tmp_path).space.views
     studio = training.prepare(mine, tmp_path)
     assert not any("norm" in name for name in studio.space.views)

@@ -20,6 +20,9 @@ from zo_engine.rewards import beside, is_file
 DIRECTIONS = 96  # of every level in a Gauss-Newton step, at first
 GROWTH = 12  # steps after which they, or the batch, double: early on a new look is worth more than a wider one
 DOUBLINGS = 3
+MOST = 6  # times that a recipe may ask to double or to halve
+HALVED = 6  # steps for which a batch that was halved stays so
+FEW = 4  # examples, below which no batch is halved: two are no measure
 EPS, COARSE_EPS = 0.01, 0.03  # the perturbation; and of gauss-newton where bfloat16 computes (`train.settled`)
 BUDGETS = {"quick": 1 / 3, "normal": 1.0, "thorough": 2.0}  # of the recipe's steps
 
@@ -29,13 +32,8 @@ def doubled(count: int, step: int, doublings: int) -> int:
     return count << min(step // GROWTH, doublings)
 
 
-def last_doubling(steps: int, doublings: int) -> int:
-    """The last of so many steps of a Gauss-Newton run that looked wider than the one before it; 0 if none."""
-    return GROWTH * min(max(0, steps - 1) // GROWTH, doublings)
-
-
 # What runs and styles did that are from before there were such settings.
-BEFORE = {"final_norm": "frozen", "own_texts": 0.0, "doublings": 2, "doubles": "directions"}
+BEFORE = {"final_norm": "frozen", "own_texts": 0.0, "doublings": 2, "doubles": "directions", "halvings": 0}
 PRIVATE = ("images", "texts", "device", "memory", "offload")  # where things lie on this machine
 
 
@@ -90,10 +88,12 @@ class Recipe:
     directions: int = setting(0, "gauss-newton: directions per level, at first; else per picture in gain space, "
                               "or per step; 0: left to the method", low=0)  # fmt: skip
     doublings: int = setting(DOUBLINGS, f"gauss-newton: how often a step looks twice as wide, every {GROWTH} steps",
-                             low=0, high=6)  # fmt: skip
+                             low=0, high=MOST)  # fmt: skip
     doubles: str = setting("auto", "gauss-newton: what doubles, the directions or the batch, up to all there is; auto: "
                            "the batch where texts are given, else directions",
                            choices=("auto", "directions", "batch"))  # fmt: skip
+    halvings: int = setting(2, f"gauss-newton: how often the batch is halved at first, for {HALVED} steps each; moves "
+                            "are tried on whole ones; not with a reward", low=0, high=MOST)  # fmt: skip
     noise: str = setting("rademacher", "kind of direction", choices=("rademacher", "gaussian"))
     eps: float = setting(0.0, "size of the perturbation; relative, but for the absolute form; 0: as the precision that "
                          "computes asks for", low=0.0, high=1.0)  # fmt: skip
@@ -203,10 +203,26 @@ class Recipe:
         return doubled(self.directions or DIRECTIONS, step, self.wider)
 
     def batch_at(self, step: int, examples: int = 0) -> int:
-        """Examples of a step. No batch of texts grows beyond all that there are to learn, if that is known; pictures
-        are others under each noise."""
+        """Examples that a step learns from. No batch of texts grows beyond all that there are to learn, if that is
+        known; pictures are others under each noise. The first steps look at few: while all examples ask for about the
+        same, more steps are worth more than better ones."""
+        narrow = 0 if self.reward else self.halvings - step // HALVED
+        if narrow > 0 and self.optimizer == "gauss-newton":
+            return max(min(self.batch_size, FEW), self.batch_size >> narrow)
         size = doubled(self.batch_size, step, self.doublings if self.grows_batch else 0)
         return size if self.images or not examples else max(self.batch_size, min(size, examples))
+
+    def tried_at(self, step: int, examples: int = 0) -> int:
+        """Examples that moves are tried on, with so many to learn: those that the step learns from, and no fewer than a
+        whole batch. Few do not tell which move is best, and a try costs a hundredth of what learning does."""
+        return max(self.batch_size, self.batch_at(step, examples))
+
+    def widened(self, steps: int) -> int:
+        """The last of so many steps that looked wider than the one before it; 0 if none."""
+        if self.optimizer != "gauss-newton":
+            return 0
+        width = [self.batch_at(step) * self.directions_at(step) for step in range(min(steps, MOST * GROWTH + 1))]
+        return max((step for step in range(1, len(width)) if width[step] > width[step - 1]), default=0)
 
     def public(self) -> dict[str, Any]:
         """The settings that may leave the machine: without folders."""
@@ -216,6 +232,7 @@ class Recipe:
         # With what is left out, nobody could tell:
         values["final_norm"] = "tuned" if self.tunes_norm else "frozen"
         values["doubles"] = "batch" if self.grows_batch else "directions"
+        values["halvings"] = 0 if self.reward else self.halvings
         return values | {"model": named(self.model)}
 
 

@@ -42,7 +42,7 @@ from zo_engine.hub import first_line, is_language, read_json, some, weights_held
 from zo_engine.journal import Record, short
 from zo_engine.newton import GaussNewton
 from zo_engine.probes import Evaluations, Probes, Space
-from zo_engine.recipe import COARSE_EPS, EPS, Recipe, RecipeError, budgeted, last_doubling, named
+from zo_engine.recipe import COARSE_EPS, EPS, Recipe, RecipeError, budgeted, named
 from zo_engine.run import Run, write_atomic
 from zo_engine.scales import ScaleView, prove_live
 from zo_engine.style import (
@@ -747,8 +747,9 @@ class Training:
 
         if isinstance(self.method, GaussNewton):
             with self.studio.space.folded(theta):
-                # Moves are tried on the next step's lesson, so that no example is seen only for that.
-                lesson, trial = (task.lesson(number, self.lesson_size(number)) for number in (step, step + 1))
+                # Moves are tried on the next step's batch, so that few examples are seen only for that.
+                lesson = task.lesson(step, self.recipe.batch_at(step, self.studio.examples))
+                trial = task.lesson(step + 1, self.recipe.tried_at(step + 1, self.studio.examples))
             parts, trials = lesson.parts(), trial.parts()
             made, total = 0, len(lesson) * self.method.cost(step)
 
@@ -773,9 +774,15 @@ class Training:
         schedule = trapezoid(step, recipe.steps, recipe.warmup, recipe.decay)
         return self.method.advance(losses, recipe.batch_size, recipe.space == "gain", schedule)
 
-    def lesson_size(self, step: int) -> int:
-        """Examples that a Gauss-Newton step learns from."""
-        return self.recipe.batch_at(step, self.studio.examples)
+    def cost(self, step: int) -> int:
+        """Rows of a step, one of every example that is tried counted in for each try."""
+        if not isinstance(self.method, GaussNewton):
+            return self.method.cost(step)
+        learnt, tried = (
+            self.recipe.batch_at(step, self.studio.examples),
+            self.recipe.tried_at(step + 1, self.studio.examples),
+        )
+        return learnt * self.method.cost(step) + tried * (len(self.studio.task.tries) + 1)
 
     def attempt(self, phase: str, run: Callable[[], Any]) -> Any:
         """run(); where the device's memory was not enough and `memory` leaves it to us, once more with half the rows.
@@ -812,8 +819,8 @@ class Training:
         }
         facts = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in facts.items()}
         facts["items"] = [v if math.isfinite(v) else None for v in items]
-        since = last_doubling(self.method.step, self.recipe.doublings) if isinstance(self.method, GaussNewton) else 0
-        if (trend := convergence.trend([*self.evaluations, facts], since)) and trend.flat:
+        trend = convergence.trend([*self.evaluations, facts], self.recipe.widened(self.method.step))
+        if trend and trend.flat:
             facts["flat"] = trend.sentence
         if self._note(facts):  # kept before it is said to be the best: never a best one that is not there
             _write_checkpoint(self.run.best_file, {"theta": self.method.theta}, {"step": self.method.step})
@@ -965,11 +972,11 @@ def train(run: Run, studio: Studio, report: Callable[[dict], None], stop: thread
     facts = {"step": method.step, "steps": recipe.steps, "part": 0.0, "loss": None, "held_out": None}
     told = time.monotonic()
 
-    costs = [0, *accumulate(method.cost(step) for step in range(recipe.steps))]  # of so many steps
+    costs = [0, *accumulate(map(training.cost, range(recipe.steps)))]  # of so many steps
 
     def timing(part: float) -> dict[str, float]:
         """Steps do not all cost alike, so time goes by what they cost."""
-        done = costs[method.step] - costs[first] + (part * method.cost(method.step) if part else 0)
+        done = costs[method.step] - costs[first] + (part * training.cost(method.step) if part else 0)
         spent = time.monotonic() - began
         left = spent / done * (costs[-1] - costs[first] - done)
         return {"seconds_per_step": spent / (method.step + part - first), "remaining": left}

@@ -175,7 +175,7 @@ class Diffusion:
         shares = np.array([len(group) for group in groups], dtype=float)
         group = groups[rng.choice(len(groups), p=shares / shares.sum())]
         kept = self.kept.get(tuple(group[0].latents.shape), [])
-        share = round(self.prior * size) if kept else 0
+        share = share_of(self.prior, size, step) if kept else 0
         chosen = [some[i] for some, n in ((group, size - share), (kept, share)) for i in turns(rng, len(some), n)]
         return self._batch(chosen, rng, (step * GOLDEN) % 1, self.caption_dropout)
 
@@ -215,6 +215,12 @@ class Diffusion:
         patch = self.model.config.patch_size
         largest = max(h * w for _, h, w in self.train)
         return largest // patch**2 + len(self.empty[0])
+
+
+def share_of(share: float, size: int, step: int) -> int:
+    """How many of a batch belong to a share of all examples: the nearest whole number above or below, so that the mean
+    over steps is right for the smallest batch, too; never all of it."""
+    return min(size - 1, int(share * size + step * GOLDEN % 1))
 
 
 def turns(rng: np.random.Generator, count: int, wanted: int) -> list[int]:

@@ -18,7 +18,7 @@ from transformers.generation import TemperatureLogitsWarper, TopPLogitsWarper
 
 from zo_engine.blocks import PART
 from zo_engine.offload import head_parts
-from zo_engine.tasks.diffusion import TRAINING, turns
+from zo_engine.tasks.diffusion import TRAINING, share_of, turns
 from zo_engine.texts import Message
 from zo_engine.tokens import IGNORED, OWN_TOKENS, Tokens, beginning_ids, openings, prompt_ids
 
@@ -266,8 +266,8 @@ class Question:
 
 @dataclass(frozen=True)
 class Kept:
-    """The base's own texts among what is learnt: `share` of every training batch, one at least. write: gives them
-    (`own_texts`), of at most `most` tokens; called once, before the first batch."""
+    """The base's own texts among what is learnt: `share` of the training batches. write: gives them (`own_texts`), of
+    at most `most` tokens; called once, before the first batch."""
 
     write: Callable[[], Sequence[Tokens]]
     share: float
@@ -313,7 +313,7 @@ class Language:
         """The batch of a step: a pure function of (seed, step, stream)."""
         rng = np.random.Generator(np.random.Philox(key=self.seed, counter=[0, 0, stream, step]))
         own = self.own if self.kept else ()
-        share = min(size - 1, max(1, round(self.kept.share * size))) if own else 0
+        share = share_of(self.kept.share, size, step) if own else 0
         parts = (self.train, size - share), (own, share)
         return self._stacked([some[i] for some, count in parts for i in turns(rng, len(some), count)])
 
