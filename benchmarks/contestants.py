@@ -11,7 +11,7 @@ import copy
 import dataclasses
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import count
@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from zo_engine.blocks import levels
+from zo_engine.journal import Record
 from zo_engine.newton import GaussNewton
 from zo_engine.offload import tensors
 from zo_engine.plan import Counter
@@ -32,6 +33,7 @@ from zo_engine.run import Run
 from zo_engine.scales import ScaleView, find_scales
 from zo_engine.tasks.text import Language
 from zo_engine.train import Studio, Training
+from zo_engine.zo import ZO
 
 PICTURES = 32  # of one forward, and of one step of the published form and of first order
 PUBLISHED = {
@@ -68,45 +70,52 @@ class Found:
 # --- zeroth order -----------------------------------------------------------------------------------------------------
 
 
-def zeroth(studio: Studio, recipe: Recipe, every: int, within: float = 0) -> Found:
+def zeroth(studio: Studio, recipe: Recipe, every: int, within: float = 0, folder: Path | None = None) -> Found:
     """Train as the recipe says and note the held-out loss every `every` steps. within: forwards, up to which more steps
-    follow upon those of the recipe; nothing of a step of Gauss-Newton depends on how many follow."""
-    with tempfile.TemporaryDirectory() as folder:
-        run = Run.create(Path(folder) / "run", recipe)
+    follow upon those of the recipe; nothing of a step of Gauss-Newton depends on how many follow. folder: where the run
+    is kept, to be gone on with by a call that asks for more."""
+    with tempfile.TemporaryDirectory() if folder is None else nullcontext(folder) as place:
+        path = Path(place) / "run"
+        run = Run.open(path) if path.exists() else Run.create(path, recipe)
         studio = studio.changed(**vars(recipe))
         if isinstance(studio.task, Language) and not recipe.keeps_texts:
             studio.task = copy.copy(studio.task)
             studio.task.kept = None
         training = Training(run, studio)
+        training.resume()
+        made, known = run.journal(), {facts["step"]: facts for facts in run.evaluations()}
         forwards, curve = 0.0, []
         for step in count():
             ends = step >= recipe.steps and forwards >= within
             if step % every == 0 or ends:
-                training.evaluate()
-                figures = run.evaluations()[-1]
-                loss = training.held_out if training.held_out is not None else float("nan")
+                if step not in known:
+                    training.evaluate()
+                figures = known.get(step) or run.evaluations()[-1]
+                loss = figures["loss"] if figures["loss"] is not None else float("nan")
                 curve.append((forwards, loss, *(figures[n] for n in ("accuracy", "reward") if n in figures)))
                 if ends or not curve[-1][1] <= 3 * curve[0][1]:
                     break  # at the end, or it explodes
-            forwards += price(studio, training)
+            if step == len(made):
+                made.append(training.step())
+                run.append_step(made[-1])
+            forwards += price(studio, training.method, made[step])
         theta = training.theta_at(training.best[1])
         return Found(curve, partial(studio.space.folded, theta), theta if recipe.space == "gain" else None)
 
 
-def price(studio: Studio, training: Training) -> float:
-    """Make a step; the forwards that it took."""
-    recipe, method = studio.recipe, training.method
+def price(studio: Studio, method: GaussNewton | ZO, record: Record) -> float:
+    """The forwards of a step."""
+    recipe = studio.recipe
     found = levels(studio.space.views, recipe.depth)
     blocks = len(studio.model.get_submodule(found[0].blocks)) if found[0].blocks else 0  # without: all in one level
     shares = [(blocks - level.first + 0.25) / (blocks + 0.25) for level in found]
     if isinstance(method, GaussNewton):
-        rows, step = [count + 1 for count in method.counts(method.step)], method.step
+        rows, step = [count + 1 for count in method.counts(record.step)], record.step
         tried = (len(studio.task.tries) + 1) * recipe.tried_at(step + 1, studio.examples)  # with a reward, at most
-        training.step()
         each = sum(share * count + (1 - share) for share, count in zip(shares, rows, strict=True))
         return (each * recipe.batch_at(step, studio.examples) + shares[-1] * tried) / PICTURES
     directions = method.per_step / (recipe.batch_size if recipe.space == "gain" else 1)
-    probes = 2 * directions + (3 if training.step().search else 0)
+    probes = 2 * directions + (3 if record.search else 0)
     return (1 - shares[-1] + shares[-1] * probes) * recipe.batch_size / PICTURES
 
 

@@ -26,6 +26,7 @@ asked for, in <result file>-pictures.png. Passes in which answers are written ar
 import argparse
 import dataclasses
 import json
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -87,13 +88,14 @@ class Contest:
     def __init__(self, task: Task, chosen: dict[str, float], published_steps: int, adam_steps: int, few: int):
         self.task, self.studio, self.recipe, self.chosen = task, task.studio, task.recipe, chosen
         self.published_steps, self.adam_steps, self.few = published_steps, adam_steps, few
+        self.folder = tempfile.TemporaryDirectory()  # of our run, which goes on if more passes are asked for
 
     def run(self, contestant: str) -> tuple[Found, Studio]:
         """What came of a contestant, and the studio whose model it is about."""
         studio = self.task.plain() if contestant == MEZO_BEST else self.studio
         return {
-            OURS: lambda: zeroth(studio, self.recipe, 1),
-            LONGER: lambda: zeroth(studio, self.recipe, 1, WITHIN),
+            OURS: lambda: zeroth(studio, self.recipe, 1, folder=Path(self.folder.name)),
+            LONGER: lambda: zeroth(studio, self.recipe, 1, WITHIN, Path(self.folder.name)),
             PAPER: lambda: self._slopes(studio, PAPER, PUBLISHED, STEP_SIZES),
             AS_PUBLISHED: lambda: zeroth(studio, self._of(PUBLISHED, 1e-6, self.published_steps // 5), 20),
             MEZO_BEST: lambda: self._slopes(studio, MEZO_BEST, MEZO, MEZO_SIZES),
