@@ -271,7 +271,7 @@ def test_a_budget_scales_the_steps_and_keeps_the_places_of_previews():
 
 def test_what_doubles_is_the_batch_of_given_texts_and_else_the_directions(tmp_path):
     texts, pictures = Recipe(texts="a.jsonl"), Recipe(images=str(tmp_path))
-    late = 3 * GROWTH
+    late = 3 * GROWTH + 2 * HALVED
     for recipe, batch, directions in (
         (texts, 128, 96),
         (pictures, 16, 768),
@@ -300,4 +300,4 @@ def test_the_first_steps_learn_from_few_and_try_on_whole_batches():
     assert sizes(batch_size=6) == [4, 4, 4, 4, 6] and sizes(batch_size=3) == [3] * 5
     assert sizes(halvings=0) == sizes(optimizer="sgd") == sizes(texts="a.jsonl", reward="json") == [16] * 5
     texts = Recipe(texts="a.jsonl")
-    assert [texts.tried_at(step, 40) for step in (0, HALVED, GROWTH, 2 * GROWTH)] == [16, 16, 32, 40]
+    assert [texts.tried_at(2 * HALVED + step, 40) for step in (-1, 0, GROWTH, 2 * GROWTH)] == [16, 16, 32, 40]

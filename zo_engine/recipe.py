@@ -198,6 +198,12 @@ class Recipe:
         """How often the directions of Gauss-Newton double."""
         return 0 if self.grows_batch else self.doublings
 
+    @property
+    def narrow(self) -> int:
+        """Steps at the start that learn from less than a batch."""
+        halved = self.optimizer == "gauss-newton" and not self.reward and self.batch_size > FEW
+        return HALVED * self.halvings if halved else 0
+
     def directions_at(self, step: int) -> int:
         """Directions of a level at a step of Gauss-Newton, where the level has as many as others."""
         return doubled(self.directions or DIRECTIONS, step, self.wider)
@@ -206,10 +212,9 @@ class Recipe:
         """Examples that a step learns from. No batch of texts grows beyond all that there are to learn, if that is
         known; pictures are others under each noise. The first steps look at few: while all examples ask for about the
         same, more steps are worth more than better ones."""
-        narrow = 0 if self.reward else self.halvings - step // HALVED
-        if narrow > 0 and self.optimizer == "gauss-newton":
-            return max(min(self.batch_size, FEW), self.batch_size >> narrow)
-        size = doubled(self.batch_size, step, self.doublings if self.grows_batch else 0)
+        if step < self.narrow:
+            return max(FEW, self.batch_size >> self.halvings - step // HALVED)
+        size = doubled(self.batch_size, step - self.narrow, self.doublings if self.grows_batch else 0)
         return size if self.images or not examples else max(self.batch_size, min(size, examples))
 
     def tried_at(self, step: int, examples: int = 0) -> int:
@@ -221,7 +226,9 @@ class Recipe:
         """The last of so many steps that looked wider than the one before it; 0 if none."""
         if self.optimizer != "gauss-newton":
             return 0
-        width = [self.batch_at(step) * self.directions_at(step) for step in range(min(steps, MOST * GROWTH + 1))]
+        width = [
+            self.batch_at(step) * self.directions_at(step) for step in range(min(steps, MOST * (GROWTH + HALVED) + 1))
+        ]
         return max((step for step in range(1, len(width)) if width[step] > width[step - 1]), default=0)
 
     def public(self) -> dict[str, Any]:
