@@ -62,6 +62,16 @@ def test_backward_passes_hold_more_than_inference(studio):
     assert sorted(numbers) == [numbers[0], *sorted(numbers[1:])]
 
 
+@pytest.mark.parametrize("settings", [{}, {"optimizer": "sgd", "step_size": 0.1}])
+def test_a_run_that_is_asked_for_more_passes_goes_on(studio, tmp_path, settings):
+    mine = studio.changed(**{"steps": 2, "directions": 4} | settings).recipe
+    short = contestants.zeroth(studio, mine, 1, folder=tmp_path)
+    longer = contestants.zeroth(studio, mine, 1, 1.5 * short.curve[-1][0], tmp_path)
+    assert longer.curve[:3] == short.curve and len(longer.curve) > 3
+    whole = contestants.zeroth(studio, mine, 1, 1.5 * short.curve[-1][0])
+    assert whole.curve == longer.curve and torch.equal(whole.theta, longer.theta)
+
+
 def test_the_published_form_learns_the_given_texts_alone(studio, monkeypatch):
     seen = []
     monkeypatch.setattr(
