@@ -172,10 +172,10 @@ def test_the_reward_of_the_embedded_model_rises(tmp_path):
 
 
 def test_a_broken_run_is_taken_up_exactly(studio, tmp_path):
-    whole = go(studio, tmp_path / "whole", steps=6, directions=64)
+    whole = go(studio, tmp_path / "whole", steps=3, directions=16)
     assert whole.journal()[0].loss == pytest.approx(1 - studio.task.lesson(0, 4).reward[0].item())
-    go(studio, tmp_path / "broken", steps=6, directions=64, stop_after=2)
-    assert results(go(studio, tmp_path / "broken", steps=6, directions=64)) == results(whole)
+    go(studio, tmp_path / "broken", steps=3, directions=16, stop_after=1)
+    assert results(go(studio, tmp_path / "broken", steps=3, directions=16)) == results(whole)
 
 
 def test_slopes_of_the_reward_itself_make_steps(studio, tmp_path):
