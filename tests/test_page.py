@@ -139,7 +139,8 @@ def visit(server, browser):
         context.close()
     # a page that is left or whose server is killed has its open requests cut off, and says so
     cut = re.compile(
-        r"abort|Connection errored out|ERR_CONNECTION|ERR_INCOMPLETE|Failed to fetch|NetworkError|network error"
+        "abort|Connection errored out|ERR_(CONNECTION|SOCKET|INCOMPLETE|EMPTY)"
+        "|Failed to fetch|NetworkError|network error"
     )
     assert [text for text in wrong if not cut.search(text)] == []
 
