@@ -139,7 +139,7 @@ def visit(server, browser):
         context.close()
     # a page that is left or whose server is killed has its open requests cut off, and says so
     cut = re.compile(
-        "abort|Connection errored out|ERR_(CONNECTION|SOCKET|INCOMPLETE|EMPTY)"
+        "abort|Connection errored out|ERR_(CONNECTION|SOCKET_NOT_CONNECTED|INCOMPLETE)"
         "|Failed to fetch|NetworkError|network error"
     )
     assert [text for text in wrong if not cut.search(text)] == []
