@@ -748,8 +748,8 @@ class Training:
         if isinstance(self.method, GaussNewton):
             with self.studio.space.folded(theta):
                 # Moves are tried on the next step's batch, so that few examples are seen only for that.
-                lesson = task.lesson(step, self.recipe.batch_at(step, self.studio.examples))
-                trial = task.lesson(step + 1, self.recipe.tried_at(step + 1, self.studio.examples))
+                learnt, tried = self.sizes(step)
+                lesson, trial = task.lesson(step, learnt), task.lesson(step + 1, tried)
             parts, trials = lesson.parts(), trial.parts()
             made, total = 0, len(lesson) * self.method.cost(step)
 
@@ -774,14 +774,16 @@ class Training:
         schedule = trapezoid(step, recipe.steps, recipe.warmup, recipe.decay)
         return self.method.advance(losses, recipe.batch_size, recipe.space == "gain", schedule)
 
+    def sizes(self, step: int) -> tuple[int, int]:
+        """Examples that a Gauss-Newton step learns from, and those that it tries its moves on."""
+        known = self.studio.examples
+        return self.recipe.batch_at(step, known), self.recipe.tried_at(step + 1, known)
+
     def cost(self, step: int) -> int:
         """Rows of a step, one of every example that is tried counted in for each try."""
         if not isinstance(self.method, GaussNewton):
             return self.method.cost(step)
-        learnt, tried = (
-            self.recipe.batch_at(step, self.studio.examples),
-            self.recipe.tried_at(step + 1, self.studio.examples),
-        )
+        learnt, tried = self.sizes(step)
         return learnt * self.method.cost(step) + tried * (len(self.studio.task.tries) + 1)
 
     def attempt(self, phase: str, run: Callable[[], Any]) -> Any:
