@@ -98,15 +98,18 @@ def browser():
 def visit(server, browser):
     """visit(query, width) -> a page, an empty one for None; at the end, none of them had an error or asked another
     server for anything."""
-    wrong, contexts, leaving = [], [], set()
+    wrong, contexts, leaving, came_from = [], [], set(), {}
 
     def asked(request) -> None:
         if request.is_navigation_request():
             leaving.add(request.frame.page)
+            came_from[request.frame.page] = server.process
 
     def heard(message) -> None:
-        """Gradio ends the session of a page that is left before it is gone; its last questions find it ended."""
-        if message.type == "error" and not (message.text == ENDED and message.page in leaving):
+        """Gradio ends the session of a page that is left before it is gone, and a server that was started again knows
+        none; the last questions of such a page find it ended."""
+        over = message.page in leaving or came_from.get(message.page) is not server.process
+        if message.type == "error" and not (message.text == ENDED and over):
             wrong.append(message.text)
 
     def open_page(query: str | None = "", width: int = 1280):

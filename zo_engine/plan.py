@@ -216,7 +216,7 @@ def _empty_layer(linear: nn.Linear, quantization: str, dtype: torch.dtype) -> nn
 @dataclass(frozen=True)
 class Work:
     """What a step is to do. size: (width, height) in pixels of pictures; length: tokens of texts, or of captions.
-    tried: examples that a Gauss-Newton step tries its moves on; 0: as many as it learns from.
+    trial: examples that a Gauss-Newton step tries its moves on; 0: as many as it learns from.
     directions: of every level in a Gauss-Newton step, else as `Recipe.directions`; 0: the method's own, and of
     Gauss-Newton those of the last of a default recipe's steps. The rest are settings of a recipe."""
 
@@ -232,7 +232,11 @@ class Work:
     noise: str = "rademacher"
     layers: tuple[str, ...] = ()
     final_norm: bool = False
-    tried: int = 0
+    trial: int = 0
+
+    @property
+    def tried(self) -> int:
+        return self.trial or self.batch
 
     @classmethod
     def of(
@@ -304,7 +308,7 @@ def step(
     prefixes = [Prefix(model, level) if level.first else None for level in levels(space.views, work.depth)]
     with counted(device) as counter:
         batch, outcomes, losses = task(model, work, device)
-        given = batch, task(model, dataclasses.replace(work, batch=work.tried or work.batch), device)[0]
+        given = batch, task(model, dataclasses.replace(work, batch=work.tried), device)[0]
         parts, trials = ([some] if isinstance(method, ZO) else some.parts() for some in given)
         how = (_prefix, partial(_passes, blocks=blocks)) if short else (Prefix.run, evaluate)
         run = Evaluations(space, method.theta, prefixes, rows, blocks[:relay], *how)
@@ -326,7 +330,7 @@ def step(
                 found = evaluated(part, probes, fresh)
                 return found[:, None] if fresh else found
 
-            method.advance(answered, min(2, work.batch) if short else work.batch, work.tried or work.batch)
+            method.advance(answered, min(2, work.batch) if short else work.batch, work.tried)
     return counter.peak, kept
 
 
@@ -520,9 +524,7 @@ def _evaluations(model: nn.Module, work: Work) -> list[tuple[int, int, list[int]
     if isinstance(method, ZO):
         probes = 2 * method.per_step * (1 if work.space == "gain" else work.batch)
         return [(first[-1], work.batch, [count]) for count in (probes, 3 * work.batch)]  # and a search
-    parts, trials = (
-        [min(PART, n - start) for start in range(0, n, PART)] for n in (work.batch, work.tried or work.batch)
-    )
+    parts, trials = ([min(PART, n - start) for start in range(0, n, PART)] for n in (work.batch, work.tried))
     found = [(s, part, [n + 1] * part) for part in parts for s, n in zip(first, method.counts(0), strict=True)]
     return found + [(first[-1], part, [(len(TRIES) + 1) * part]) for part in trials]
 
