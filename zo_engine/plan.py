@@ -26,7 +26,6 @@ from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 from transformers.quantizers.base import get_keys_to_not_convert
 from transformers.quantizers.quantizers_utils import should_convert_module
@@ -75,41 +74,49 @@ class Counter(TorchDispatchMode):
 
     def __init__(self, kind: str):
         super().__init__()
-        self.kind, self.bytes, self.peak, self.paused = kind, 0, 0, False
+        self.kind, self.peak, self.paused = kind, 0, False
         self.there: dict[int, StorageWeakRef] = {}  # a reference keeps the address from being given away
         self.alive: dict[int, tuple[StorageWeakRef, int]] = {}
+        self.unswept = 0  # bytes of `alive`, of which some may have been let go
 
     def __torch_dispatch__(self, operation: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
-        for tensor in self._mine((args, kwargs)):
-            storage = tensor.untyped_storage()
+        for storage in self._mine((args, kwargs)):
             if storage._cdata not in self.alive and storage._cdata not in self.there:
                 self.there[storage._cdata] = StorageWeakRef(storage)
         found = _answered(operation, args, kwargs) if self.kind == "meta" else None
         if found is None:
             found = operation(*args, **kwargs)
-        self._sweep()
-        for tensor in self._mine(found):
-            storage = tensor.untyped_storage()
+        for storage in self._mine(found):
             if storage._cdata in self.alive or storage._cdata in self.there:
                 continue
             if self.paused:
                 self.there[storage._cdata] = StorageWeakRef(storage)
             else:
                 self.alive[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
-                self.bytes += storage.nbytes()
+                self.unswept += storage.nbytes()
         written = 0
         if operation is torch.ops.bitsandbytes.gemm_4bit.default:
             written = math.prod(args[2]) * args[0].element_size()
-        self.peak = max(self.peak, self.bytes + written)
+        if self.unswept + written > self.peak:
+            self.peak = max(self.peak, self.bytes + written)
         return found
 
-    def _mine(self, tree: Any) -> Iterable[Tensor]:
-        return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor) and leaf.device.type == self.kind]
-
-    def _sweep(self) -> None:
+    @property
+    def bytes(self) -> int:
+        """Bytes that are held now. To look for what was let go takes as long as an operation: not after each."""
         for key in [key for key, (storage, _) in self.alive.items() if storage.expired()]:
-            self.bytes -= self.alive.pop(key)[1]
+            self.unswept -= self.alive.pop(key)[1]
+        return self.unswept
+
+    def _mine(self, tree: Any) -> Iterable[torch.UntypedStorage]:
+        """Of every tensor in nested lists, tuples and dictionaries that is on our kind of device."""
+        if isinstance(tree, Tensor):
+            if tree.device.type == self.kind:
+                yield tree.untyped_storage()
+        elif isinstance(tree, (list, tuple, dict)):
+            for branch in tree.values() if isinstance(tree, dict) else tree:
+                yield from self._mine(branch)
 
 
 def _answered(operation: Any, args: tuple, kwargs: dict) -> Any:
