@@ -26,7 +26,7 @@ from PIL import Image
 from zo_engine import dataset
 from zo_engine import recipe as recipes
 from zo_engine.dataset import DataError, Picture, Problem
-from zo_engine.hub import CHECKOUT, MODELS, SD3_MULTIPLE, find, is_language, pixel_multiple
+from zo_engine.hub import CHECKOUT, MODELS, SD3_MULTIPLE, find, is_language, resolution, sides
 from zo_engine.run import new_name, write_atomic
 from zo_engine.texts import HUB, SUFFIXES
 
@@ -221,10 +221,13 @@ class Draft:
 
     def buckets(self) -> list[tuple[int, int]]:
         """What pictures are fitted to. Raises DataError for a resolution, ModelError for a folder that is no model."""
-        recipe, folder = self.recipe(), find(self.recipe().model)
-        known = MODELS.get(recipe.model)
-        multiple = pixel_multiple(folder) if folder else SD3_MULTIPLE
-        return dataset.buckets(recipe.resolution or (known.resolution if known else "512"), multiple)
+        folder = find(self.recipe().model)
+        return dataset.buckets(self.resolution(), *(sides(folder) if folder else (SD3_MULTIPLE,)))
+
+    def resolution(self) -> str:
+        """The recipe's, or its model's."""
+        recipe = self.recipe()
+        return recipe.resolution or resolution(recipe.model, find(recipe.model))
 
     def add(self, files: list[Path]) -> int:
         """Copy pictures, captions and ZIPs into the draft; gives how many files came. Raises DraftError."""

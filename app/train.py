@@ -247,8 +247,7 @@ class Training:
             contents = draft.contents()
             work = pixels_of(draft.buckets(), [picture.size for picture in contents.pictures.values()])
             unit, count = "pictures", len(contents.pictures)
-            resolution = settings.resolution or (known.resolution if known else "512")
-            size = ("size", f"{resolution.replace(',', ', ')} pixels")
+            size = ("size", f"{draft.resolution().replace(',', ', ')} pixels")
             about = [("trigger", settings.trigger or "none"), model, size]
         held = dataset.held_out(count, settings.holdout)
         taught = f"{count:,}, of which {held} are kept out to measure with" if count > 0 else "they are being read"

@@ -44,7 +44,7 @@ from app.texts import Texts, given  # noqa: E402
 from app.train import ALL, ELSEWHERE, OF_PICTURES, OF_TEXTS, PARTS, Training, pictured  # noqa: E402
 from app.worker import WAITING, taken  # noqa: E402
 from zo_engine import chat as chats  # noqa: E402
-from zo_engine.hub import pixel_multiple  # noqa: E402
+from zo_engine.hub import sides  # noqa: E402
 from zo_engine.journal import Move, Step  # noqa: E402
 from zo_engine.recipe import Recipe  # noqa: E402
 from zo_engine.run import Run  # noqa: E402
@@ -568,8 +568,8 @@ def test_a_folder_is_checked_when_it_is_chosen(place, tiny_folder, tmp_path):
     _, choice, other, cards, _, fetch, *_ = models.other("tarot", str(tiny_folder))
     assert (choice.value, other, draft.recipe().model) == (None, str(tiny_folder), str(tiny_folder))
     assert "A whole Stable Diffusion 3 pipeline" in cards and fetch.visible is False
-    multiple = pixel_multiple(tiny_folder)
-    assert all(width % multiple == height % multiple == 0 for width, height in draft.buckets())
+    multiple, most = sides(tiny_folder)
+    assert all(side % multiple == 0 and side <= most for size in draft.buckets() for side in size)
 
 
 def test_a_model_of_the_other_kind_is_not_offered_and_refused(place, language_folder):

@@ -77,7 +77,7 @@ def test_an_existing_run_is_not_trained_over(qzo, recipe, tmp_path):
     [
         (["--images", "nowhere"], "there is no folder of pictures at 'nowhere'"),
         (["--images", ""], "there is no folder of pictures at ''"),
-        (["--resolution", "33"], "resolution 33 is not a multiple of 16"),
+        (["--resolution", "33"], "resolution 33 is not possible: this model takes multiples of 16"),
         (["--resolution", "large"], "neither a side like 512 nor a list"),
         (["--model", "tiny-sd4"], "did you mean 'tiny-sd3'?"),
         (["--eps", "nan"], "eps = nan is outside of 0 to 1"),
@@ -118,6 +118,15 @@ def test_bad_pictures_stop_before_anything_is_written(qzo, recipe, tmp_path):
     code, _, err = qzo("train", recipe)
     assert code == 2 and "1 of 4 pictures cannot be used: broken.png" in err
     assert not (tmp_path / "runs" / "my-style").exists()
+
+
+def test_pictures_larger_than_the_model_takes_are_refused_by_a_run_and_a_plan(qzo, recipe, tmp_path, tiny_folder):
+    recipe.write_text(recipe.read_text().replace("32x32", "512"))
+    for words in (("train", recipe), ("plan", recipe), ("plan", tiny_folder, "--resolution", 512)):
+        code, _, err = qzo(*words)
+        assert code == 2 and "resolution 512 is not possible: this model takes multiples of 16 from 16 to 256" in err
+    assert not (tmp_path / "runs" / "my-style").exists()
+    assert qzo("plan", tiny_folder)[0] == 0  # at the largest, since it cannot have the usual 512
 
 
 def test_bad_model_folders(qzo, recipe, tmp_path, tiny_folder):

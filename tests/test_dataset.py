@@ -506,6 +506,10 @@ def test_resolutions():
     for bad in ("", "big", "0", "500", "64x", "64x64,", "64x63", "-64", "8192", "64x64x64", "٦٤"):
         with pytest.raises(DataError, match="resolution"):
             dataset.buckets(bad, 16)
+    assert dataset.buckets("64", 16, most=80) == [(48, 80), (64, 64), (80, 48)]  # a model that has no room for more
+    for large in ("96", "64x96"):
+        with pytest.raises(DataError, match="resolution 96 is not possible: .* multiples of 16 from 16 to 80"):
+            dataset.buckets(large, 16, most=80)
 
 
 @unhurried

@@ -547,7 +547,7 @@ def download(model: str, as_json: bool) -> None:
 @click.argument("source")
 @click.option("--memory", default="", help="Of the device, such as 6GB: how the model fits.  [default: all resident]")
 @click.option("--offload", default="cpu", type=click.Choice(("cpu", "disk")), help="Where blocks wait.")
-@click.option("--resolution", default=512, help="Pixels of a picture's side.", type=click.IntRange(64))
+@click.option("--resolution", help="Pixels of a picture's side.  [default: the model's]", type=click.IntRange(16))
 @click.option(
     "--length", default=0, help="Tokens of a text or a caption.  [default: 512 or 333]", type=click.IntRange(0)
 )

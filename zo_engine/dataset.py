@@ -350,29 +350,37 @@ def _rgb(image: Image.Image) -> Image.Image:
 # Buckets
 
 
-def buckets(resolution: str, multiple: int) -> list[tuple[int, int]]:
-    """The (width, height) in pixels that pictures are fitted to, every side a multiple of `multiple`.
+def buckets(resolution: str, multiple: int, most: int = MAX_SIDE) -> list[tuple[int, int]]:
+    """The (width, height) in pixels that pictures are fitted to, every side a multiple of `multiple`, at most `most`.
 
     "512": shapes from 1:2 to 2:1 with about the area of 512x512, each 12 % from the next, so that one in
     that range is within `STRETCH` of one, but for the rounding to `multiple`, and loses nothing.
     "64x64,64x96": exactly these. Raises DataError.
     """
+    written = sizes(resolution, multiple, most)
+    if "x" in resolution.lower():
+        return written
+    side = written[0][0]
+    roots = [2 ** (step / 12) for step in range(-6, 7)]  # of the aspects 2^-1 to 2^1
+    found = [[max(1, round(x / multiple)) * multiple for x in (side * r, side / r)] for r in roots]
+    return [shape for shape in dict.fromkeys(map(tuple, found)) if max(shape) <= most]
+
+
+def sizes(resolution: str, multiple: int, most: int = MAX_SIDE) -> list[tuple[int, int]]:
+    """The (width, height) in pixels that a resolution names, each once; one side alone is a square's.
+
+    Raises DataError.
+    """
     text = resolution.replace(" ", "").lower()
-    if re.fullmatch(r"[0-9]{1,6}", text):
-        side = _side(int(text), multiple)
-        roots = [2 ** (step / 12) for step in range(-6, 7)]  # of the aspects 2^-1 to 2^1
-        found = [[max(1, round(x / multiple)) * multiple for x in (side * r, side / r)] for r in roots]
-    elif re.fullmatch(r"[0-9]{1,6}x[0-9]{1,6}(,[0-9]{1,6}x[0-9]{1,6})*", text):
-        found = [[_side(int(x), multiple) for x in pair.split("x")] for pair in text.split(",")]
-    else:
+    if not re.fullmatch(r"[0-9]{1,6}|[0-9]{1,6}x[0-9]{1,6}(,[0-9]{1,6}x[0-9]{1,6})*", text):
         raise DataError(f"resolution {resolution!r} is neither a side like 512 nor a list like 64x64,64x96")
-    return list(dict.fromkeys(map(tuple, found)))
-
-
-def _side(pixels: int, multiple: int) -> int:
-    if pixels % multiple or not MIN_SIDE <= pixels <= MAX_SIDE:
-        raise DataError(f"resolution {pixels} is not a multiple of {multiple} from {MIN_SIDE} to {MAX_SIDE}")
-    return pixels
+    found = [tuple(map(int, pair.split("x"))) for pair in text.split(",")]
+    most = min(most, MAX_SIDE)
+    for pixels in (side for size in found for side in size):
+        if pixels % multiple or not MIN_SIDE <= pixels <= most:
+            possible = f"multiples of {multiple} from {MIN_SIDE} to {most} pixels"
+            raise DataError(f"resolution {pixels} is not possible: this model takes {possible}")
+    return list(dict.fromkeys(size * 2 if len(size) == 1 else size for size in found))
 
 
 def choose_bucket(size: tuple[int, int], buckets: list[tuple[int, int]]) -> tuple[int, int]:

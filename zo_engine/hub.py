@@ -457,13 +457,23 @@ def open_shard(path: Path, framework: str):
         raise ModelError(f"{path} is not a complete safetensors file ({error}); {what}") from error
 
 
-def pixel_multiple(folder: Path) -> int:
-    """Pictures' sides must be multiples of this: pixels of a latent times latents of a patch."""
+def sides(folder: Path) -> tuple[int, int]:
+    """Pixels: pictures' sides must be multiples of the first, a patch, and no more than the second, for which the model
+    has places."""
     config = Path(folder) / "transformer" / "config.json"
-    patch = read_json(config).get("patch_size")
-    if type(patch) is not int or not 1 <= patch <= 64:
-        raise ModelError(f"{config} is damaged: its patch_size is {patch!r}")
-    return vae_scale(folder) * patch
+    found = {"pos_embed_max_size": 96, **read_json(config)}  # as the class has it
+    for name, most in (("patch_size", 64), ("pos_embed_max_size", 4096)):
+        if type(found.get(name)) is not int or not 1 <= found[name] <= most:
+            raise ModelError(f"{config} is damaged: its {name} is {found.get(name)!r}")
+    multiple = vae_scale(folder) * found["patch_size"]
+    return multiple, multiple * found["pos_embed_max_size"]
+
+
+def resolution(model: str, folder: Path | None) -> str:
+    """What pictures of a model are fitted to where nobody says, in a recipe's notation."""
+    if model in MODELS:
+        return MODELS[model].resolution
+    return str(min(512, sides(folder)[1])) if folder else "512"
 
 
 def vae_scale(folder: Path) -> int:

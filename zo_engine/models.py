@@ -41,7 +41,6 @@ from zo_engine.hub import (
     first_line,
     language_config,
     locate,
-    pixel_multiple,
     read_json,
     some,
     stock_name,
@@ -79,7 +78,6 @@ __all__ = [
     "load_vae",
     "locate",
     "pipeline",
-    "pixel_multiple",
     "quantized_layers",
     "text_length",
 ]
@@ -439,5 +437,5 @@ def scheduler_shift(folder: Path) -> float:
 def describe(model: str) -> KnownModel:
     """The table's entry for a known name; for a folder or a repository, one made from its name."""
     title = Path(model).name
-    unknown = KnownModel(name=title, repo=model, title=title, licence="as the base model", resolution="512", notes="")
+    unknown = KnownModel(name=title, repo=model, title=title, licence="as the base model", resolution="", notes="")
     return MODELS.get(model, unknown)

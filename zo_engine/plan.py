@@ -30,12 +30,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers.quantizers.base import get_keys_to_not_convert
 from transformers.quantizers.quantizers_utils import should_convert_module
 
+from zo_engine import dataset, hub, tokens
 from zo_engine import recipe as recipes
-from zo_engine import tokens
 from zo_engine.blocks import PART, Prefix, Replay, answering, levels, relayed
 from zo_engine.cache import encode
-from zo_engine.dataset import held_out
-from zo_engine.hub import MODELS, find, is_language, language_config, read_json, text_length
+from zo_engine.hub import SD3_MULTIPLE, find, is_language, language_config, read_json, text_length
 from zo_engine.models import TEXT_PARTS, bring_of
 from zo_engine.narrow import FORMS, NarrowLinear
 from zo_engine.newton import TRIES, GaussNewton
@@ -843,7 +842,7 @@ BESIDE = {
 
 
 def of(
-    source: str, memory: str = "", offload: str = "cpu", *, resolution: int = 512, length: int = 0,
+    source: str, memory: str = "", offload: str = "cpu", *, resolution: int | None = None, length: int = 0,
     batch_size: int = 16, rows: int = 0,
 ) -> Plan:  # fmt: skip
     """The plan of a recipe file (its own settings count), a model on this machine, or one of SHAPES.
@@ -863,18 +862,17 @@ def of(
     config = language_config(part) if part else SHAPES[name]
     pictures = "_class_name" in config
     length = length or ((77 + text_length(folder) if folder else 333) if pictures else 512)
-    size = (resolution, resolution) if pictures else None
+    size = None
+    if pictures:
+        named = (recipe and recipe.resolution) or (str(resolution) if resolution else hub.resolution(name, folder))
+        size = max(dataset.sizes(named, *(hub.sides(folder) if folder else (SD3_MULTIPLE,))), key=math.prod)
     work, examples, mean = Work(batch_size, length, size), 0, 0
     if recipe:
-        if pictures:
-            buckets = recipe.resolution or (MODELS[name].resolution if name in MODELS else str(resolution))
-            sides = [tuple(int(n) for n in (b.split("x") if "x" in b else (b, b))) for b in buckets.split(",")]
-            size = max(sides, key=math.prod)
-        elif folder and recipe.texts and not recipe.task:
+        if folder and recipe.texts and not recipe.task:
             found = tokens.read(recipe, folder)
             length, mean, count = found.longest, found.mean, len(found.rendered.examples)
-            examples = count - held_out(count, recipe.holdout)
-        else:
+            examples = count - dataset.held_out(count, recipe.holdout)
+        elif not pictures:
             length = recipe.length
         work = Work.of(recipe, length, size, work.dtype, examples)
         memory, rows = memory or recipe.memory, rows or recipe.rows

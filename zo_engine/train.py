@@ -38,7 +38,7 @@ from zo_engine import (
     tokens,
 )
 from zo_engine.blocks import Prefix, levels
-from zo_engine.hub import first_line, is_language, read_json, some, weights_held
+from zo_engine.hub import first_line, is_language, read_json, resolution, sides, some, weights_held
 from zo_engine.journal import Record, short
 from zo_engine.newton import GaussNewton
 from zo_engine.probes import Evaluations, Probes, Space
@@ -337,14 +337,13 @@ def prepare_pictures(recipe: Recipe, cache_folder: Path, say: Callable[[str], No
     """Of a recipe with `images`; latents and embeddings are kept in `cache_folder`."""
     device = pick_device(recipe.device)
     dtype = pick_dtype(recipe.dtype, device)
-    known = models.describe(recipe.model)
     found = dataset.read(recipe.images, trigger=recipe.trigger, caption=recipe.caption)
     folder = models.locate(recipe.model)
     if is_language(folder):
         raise RecipeError(
             f"{recipe.model} is a language model and learns no pictures; give `texts` in place of `images`"
         )
-    buckets = dataset.buckets(recipe.resolution or known.resolution, models.pixel_multiple(folder))
+    buckets = dataset.buckets(recipe.resolution or resolution(recipe.model, folder), *sides(folder))
     placed = [(picture, dataset.choose_bucket(picture.size, buckets)) for picture in found]
     notes = dataset.warnings(found, buckets)
 
@@ -364,7 +363,7 @@ def prepare_pictures(recipe: Recipe, cache_folder: Path, say: Callable[[str], No
     sizes = [bucket for _, bucket in placed]
     work = plan.Work.of(recipe, len(text[""][0]), max(sizes, key=math.prod), dtype)
     recipe, placement = place(recipe, folder / "transformer", work, device, cache_folder, notes)
-    say(f"loading {known.title} in {recipe.quantization}")
+    say(f"loading {models.describe(recipe.model).title} in {recipe.quantization}")
     transformer = models.load_transformer(folder, placement=placement, **form(recipe, device, dtype))
     space = tuned(transformer, recipe, notes)
     if not held_out:
