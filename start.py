@@ -106,10 +106,21 @@ def prepare(extras):
     STAMP.unlink(missing_ok=True)  # an interrupted installation counts for nothing
     install_torch()
     install("installing the packages", "-e", editable(wanted["extras"]), "-c", str(CONSTRAINTS))
+    compile_packages()
     temporary = STAMP.with_suffix(".tmp")
     temporary.write_text(json.dumps(wanted), encoding="utf-8")
     os.replace(temporary, STAMP)
     say(f"ready after {time.monotonic() - started:.0f} s\n")
+
+
+def compile_packages():
+    """Write the bytecode of all packages, on every core, which pip (see `install`) would do on one.
+
+    What cannot be compiled, as templates, is left for whoever reads it; so the exit code says nothing.
+    """
+    title = "compiling the packages"
+    say(title)
+    watch(title, [str(PYTHON), "-m", "compileall", "-qq", "-j", "0", str(site_packages())])
 
 
 def editable(extras):
@@ -231,7 +242,7 @@ def warn_of_idle_gpu():
 def install(title, *words):
     """pip install. Raises Failure with pip's last words and what to do."""
     say(title)
-    pip = [str(PYTHON), "-m", "pip", "install", "--progress-bar", "off", "--no-input"]
+    pip = [str(PYTHON), "-m", "pip", "install", "--no-compile", "--progress-bar", "off", "--no-input"]
     code, lines = watch(title, pip + list(words))
     if code:
         raise Failure(failure_text("The installation failed.", lines))

@@ -105,6 +105,14 @@ def test_extras_are_added_and_stay(checkout, installed):
     assert installed == []
 
 
+def test_what_is_installed_is_compiled(checkout, installed):
+    (start.site_packages() / "package.py").write_text("a = 1\n")
+    (start.site_packages() / "template.py").write_text("{{ a }} =\n")  # which is no reason to fail
+    start.prepare({"dev"})
+    compiled = [path.name.partition(".")[0] for path in (start.site_packages() / "__pycache__").iterdir()]
+    assert compiled == ["package"]
+
+
 def test_a_failed_installation_is_tried_again(checkout, installed, monkeypatch):
     def fail(title, *words):
         raise start.Failure("no network")
