@@ -43,6 +43,7 @@ DAMPINGS = (0.03, 0.3)  # lambda, in units of the mean diagonal of Z'J'JZ
 SHARES = (0.2, 0.35, 0.6, 1.0)  # of the solution's way
 TRIES = tuple((damping, share) for damping in DAMPINGS for share in SHARES)
 HELD = 1 << 29  # directions' elements that are kept from example to example; more are drawn anew, a part at a time
+TOGETHER = 1 << 20  # elements of moves that are made at once
 WHOLE = 4  # one direction of a part in so many moves whole layers; at most one a layer
 LONGEST = 4  # how far these go in their elements, where others go by one, so that all are of about the same length
 FADING = 0.5  # of what steps before this one said of every try
@@ -187,15 +188,19 @@ class GaussNewton:
         """What theta moves by with each of some weights: Z w [n], one direction after the other, so that it rounds
         alike everywhere."""
         made = [torch.zeros_like(self.theta) for _ in weights]
+        weighed = torch.tensor(weights, dtype=torch.float32, device=self.theta.device)  # [moves, K]
         start = 0
         for number, part in enumerate(self.parts):
             z = self._directions(number, whole)
             where = self.layout.index(part, self.theta.device)
-            for move, w in zip(made, weights, strict=True):
-                along = torch.zeros(part.size, device=self.theta.device)
-                for direction, weight in zip(z, w[start : start + len(z)], strict=True):
-                    along.add_(direction * weight)
-                move[where] = along
+            together = max(1, TOGETHER // part.size)  # moves: what is small takes as long for one as for all
+            for first in range(0, len(made), together):
+                w = weighed[first : first + together, start : start + len(z)]
+                along = torch.zeros(len(w), part.size, device=self.theta.device)
+                for direction, column in zip(z, w.T[..., None], strict=True):
+                    along.add_(direction * column)
+                for move, row in zip(made[first : first + together], along, strict=True):
+                    move[where] = row
             start += len(z)
         return made
 
