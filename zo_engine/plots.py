@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullLocator
 
 from zo_engine.journal import Move, Step, gain, smoothing
 from zo_engine.run import Run, write_atomic
@@ -42,7 +43,7 @@ def plot(run: Run, path: Path | None = None) -> Path:
             best = int(np.nanargmin(mean))
             held.plot(x[best], mean[best], "o", color=MARK, ms=8, label=f"best: {mean[best]:.4g} at step {x[best]}")
         held.legend(frameon=False)
-    held.set_title("Held-out loss (fixed pictures, noise levels and noise)")
+    held.set_title("Held-out loss, always of the same examples")
     loss = np.array([r.loss for r in journal])
     train.plot(steps, loss, color=RAW, lw=0.8, label="every step")
     train.plot(steps, smooth(loss), color=LINE, label="smoothed")
@@ -65,15 +66,24 @@ def plot(run: Run, path: Path | None = None) -> Path:
     return path
 
 
+def _logarithmic(axes: Axes) -> None:
+    """Ticks at 1, 2 and 5 of few decades, at 1 of many, as plain numbers: powers of ten take longer to typeset."""
+    axes.set_yscale("log")
+    low, high = axes.get_ylim()
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 100 * low else (1,)))
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_locator(NullLocator())
+
+
 def _slopes(journal: list[Step], method: Axes, size: Axes) -> None:
     flat = [(r.step + 1, abs(d)) for r in journal for d in r.slopes if math.isfinite(d)]
     if flat:
         method.plot(*zip(*flat, strict=True), ",", color="#8a8fb0", label="|d|")
         method.plot([r.step + 1 for r in journal], [r.clip for r in journal], color=MARK, label="clip C")
-        method.set_yscale("log")
+        _logarithmic(method)
     method.set_title("Directional derivatives and their clip")
     size.plot([r.step + 1 for r in journal], [r.step_size or np.nan for r in journal], color=LINE)
-    size.set_yscale("log")
+    _logarithmic(size)
     size.set_title("Step size")
 
 
@@ -84,5 +94,5 @@ def _moves(journal: list[Move], method: Axes, size: Axes) -> None:
     method.set_title("Gain of a step on fresh examples, percent of their loss")
     size.plot([r.step + 1 for r in made], [r.size or np.nan for r in made], "o-", ms=3, color=LINE, label="move (rms)")
     size.plot([r.step + 1 for r in made], [r.damping or np.nan for r in made], ".", color=MARK, label="damping")
-    size.set_yscale("log")
+    _logarithmic(size)
     size.set_title("Size of the move, and its damping")
