@@ -71,9 +71,12 @@ class Training:
                     self.fields["prompts"] = form.component("prompts", label="Preview prompts", lines=4, max_lines=8)
             advanced = gr.Accordion("Advanced", open=False)
         with advanced, gr.Tabs(overflow_behavior="wrap"):
-            with gr.Tab("Every other setting"), gr.Row(elem_classes="qzo-form"):
-                for name in ADVANCED:
-                    self.fields[name] = form.component(name, min_width=250)
+            with gr.Tab("Every other setting"):
+                for heading, names in form.parts(ADVANCED).items():
+                    gr.HTML(f"<h3>{heading}</h3>", elem_classes="qzo-part")
+                    with gr.Row(elem_classes="qzo-form"):
+                        for name in names:
+                            self.fields[name] = form.component(name, min_width=250)
             with gr.Tab("The same on the command line"):
                 load = gr.UploadButton("Load the settings of a recipe.toml", file_types=[".toml"], size="sm")
                 same = gr.HTML(elem_id="same")

@@ -41,12 +41,12 @@ from app.reading import Reading, read  # noqa: E402
 from app.result import Result  # noqa: E402
 from app.series import POINTS, Series, drawn  # noqa: E402
 from app.texts import Texts, given  # noqa: E402
-from app.train import ALL, ELSEWHERE, OF_PICTURES, OF_TEXTS, PARTS, Training, pictured  # noqa: E402
+from app.train import ADVANCED, ALL, ELSEWHERE, OF_PICTURES, OF_TEXTS, PARTS, Training, pictured  # noqa: E402
 from app.worker import WAITING, taken  # noqa: E402
 from zo_engine import chat as chats  # noqa: E402
 from zo_engine.hub import sides  # noqa: E402
 from zo_engine.journal import Move, Step  # noqa: E402
-from zo_engine.recipe import Recipe  # noqa: E402
+from zo_engine.recipe import HEADINGS, Recipe  # noqa: E402
 from zo_engine.run import Run  # noqa: E402
 
 CHECKOUT = Path(__file__).resolve().parent.parent
@@ -502,6 +502,13 @@ def test_a_recipe_is_loaded_for_the_pictures_that_are_here(place, tmp_path):
     file.write_text("stepps = 3\n")
     assert "did you mean steps" in sentence(training.load, "woodcut", {}, str(file))
     assert draft.recipe().steps == 77
+
+
+def test_other_settings_stand_under_headings():
+    parts = form.parts(ADVANCED)
+    assert tuple(name for names in parts.values() for name in names) == ADVANCED  # each once, in the recipe's order
+    assert set(HEADINGS) < set(form.FIELDS) and list(parts) == list(HEADINGS.values())
+    assert parts["The machine"][0] == "seed" and "optimizer" in parts["What a step does"]
 
 
 def test_what_a_recipe_that_streams_needs_is_planned_before_the_start(place, tiny_folder):

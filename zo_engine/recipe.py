@@ -34,6 +34,16 @@ def doubled(count: int, step: int, doublings: int) -> int:
 
 # What runs and styles did that are from before there were such settings.
 BEFORE = {"final_norm": "frozen", "own_texts": 0.0, "doublings": 2, "doubles": "directions", "halvings": 0}
+HEADINGS = {  # of the settings below, by the first of each
+    "images": "What is taught",
+    "steps": "How long, and how much at once",
+    "space": "What moves",
+    "optimizer": "What a step does",
+    "clip": "Slopes of the loss, where the optimizer goes by them",
+    "caption_dropout": "What is learnt, kept and held out",
+    "prompts": "What is looked at",
+    "seed": "The machine",
+}
 PRIVATE = ("images", "texts", "device", "memory", "offload")  # where things lie on this machine
 
 
@@ -48,7 +58,6 @@ def setting(default: Any, help: str, *, low: float = -math.inf, high: float = ma
 
 @dataclass(frozen=True)
 class Recipe:
-    # What is taught
     images: str = setting("", "folder of pictures, captions beside them as .txt")
     texts: str = setting("", "instead of pictures: a .jsonl, .json, .csv, .tsv, .parquet or .txt file, or a data set "
                          "of the hub, org/name or org/name:split")  # fmt: skip
@@ -66,14 +75,12 @@ class Recipe:
     task: str = setting("", "a task of MeZO's table, such as sst2: texts are rows of its data set; empty: the hub's")
     reward: str = setting("", "what an answer is worth, in place of learning given ones: json, json:key,key, match, "
                           "length:60, avoid:word, or rewards.py:function, whose code is run")  # fmt: skip
-    # How long
     steps: int = setting(36, "steps of the run, at a normal budget", low=1)
     budget: str = setting("normal", "a third of the steps, as they are, or twice as many; previews keep their places",
                           choices=tuple(BUDGETS))  # fmt: skip
     stop_when_flat: bool = setting(False, "end the run as soon as the held-out loss has stopped falling")
     batch_size: int = setting(16, "pictures or texts in one step", low=1)
     rows: int = setting(0, "rows of one forward pass, to bound memory; 0: as many as a processor's caches like", low=0)
-    # The method
     space: str = setting("gain", "what moves: gains per row, one scale per group, or the published absolute form",
                          choices=("gain", "group", "absolute"))  # fmt: skip
     moves: str = setting("scales", "aqlm: the scales, or the codebooks, which need space group or absolute",
@@ -85,6 +92,8 @@ class Recipe:
     final_norm: str = setting("auto", "language models, gain space: the norm before the output layer, which says how "
                               "sure an answer is; auto: tuned with a reward or own_texts",
                               choices=("auto", "tuned", "frozen"))  # fmt: skip
+    optimizer: str = setting("gauss-newton", "from passes to an update: the errors' own shape, or slopes of the loss",
+                             choices=("gauss-newton", "sgd", "momentum", "adam"))  # fmt: skip
     directions: int = setting(0, "gauss-newton: directions per level, at first; else per picture in gain space, "
                               "or per step; 0: left to the method", low=0)  # fmt: skip
     doublings: int = setting(DOUBLINGS, f"gauss-newton: how often a step looks twice as wide, every {GROWTH} steps",
@@ -99,14 +108,11 @@ class Recipe:
                          "computes asks for", low=0.0, high=1.0)  # fmt: skip
     clip: float = setting(0.0, "clip of the directional derivative; 0: the running quantile", low=0.0)
     clip_quantile: float = setting(0.98, "quantile of |d| that the clip follows", low=0.5, high=1.0)
-    optimizer: str = setting("gauss-newton", "from passes to an update: the errors' own shape, or slopes of the loss",
-                             choices=("gauss-newton", "sgd", "momentum", "adam"))  # fmt: skip
     momentum: float = setting(0.9, "memory of the update's average", low=0.0, high=0.9999)
     step_size: float = setting(0.0, "step size; 0: found by the run itself", low=0.0)
     search_every: int = setting(10, "steps between two line searches for the step size", low=1)
     warmup: int = setting(0, "steps over which the step size rises", low=0)
     decay: float = setting(0.2, "last share of the run over which the step size falls to zero", low=0.0, high=1.0)
-    # The loss
     caption_dropout: float = setting(0.0, "share of pictures shown without caption", low=0.0, high=1.0)
     prior: float = setting(0.125, "share of a batch that keeps what the base draws without trigger", low=0, high=0.9)
     own_texts: float = setting(0.25, "share of a batch of given texts that keeps what the base writes by itself",
@@ -115,7 +121,6 @@ class Recipe:
     sigma_mean: float = setting(0.0, "mean of the logit-normal noise level", low=-5, high=5)
     sigma_std: float = setting(1.5, "spread of the logit-normal noise level", low=0.05, high=5)
     shift: float = setting(0.0, "shift of the noise level; 0: from the model's scheduler", low=0.0, high=20)
-    # What is looked at
     prompts: tuple[str, ...] = setting((), "preview prompts; empty: made from the captions")
     preview_every: int = setting(8, "steps between previews; 0: only first and last", low=0)
     preview_steps: int = setting(20, "sampler steps of a preview", low=1, high=200)
@@ -125,7 +130,6 @@ class Recipe:
     temperature: float = setting(0.0, "of previewed answers; 0: always the likeliest token", low=0.0, high=10.0)
     evaluate_every: int = setting(1, "steps between held-out losses", low=1)
     evaluate_items: int = setting(64, "fixed items of the held-out loss: a picture under a noise, or a text", low=8)
-    # The machine
     seed: int = setting(0, "seed of the run", low=0, high=2**63 - 1)
     device: str = setting("auto", "auto, cpu, cuda or cuda:N")
     dtype: str = setting("auto", "compute precision", choices=("auto", "float32", "float16", "bfloat16"))
