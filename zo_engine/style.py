@@ -73,32 +73,27 @@ def named_layers(views: dict[str, ScaleView], wanted: Sequence[str]) -> dict[str
 
 def make_method(space: Space, recipe: Recipe, device: torch.device | str = "cpu") -> GaussNewton | ZO:
     """The method that a recipe describes, at step 0."""
+    drawn = {"seed": recipe.seed, "kind": recipe.noise, "eps": recipe.eps or EPS, "device": device}
     if recipe.optimizer == "gauss-newton":
         found = levels(space.views, recipe.depth)
         return GaussNewton(
             space.layout,
             [space.layout.part(level.layers) for level in found],
-            seed=recipe.seed,
             per_part=[level.share(recipe.directions or DIRECTIONS) for level in found],
             doublings=recipe.wider,
-            kind=recipe.noise,
-            eps=recipe.eps or EPS,
-            device=device,
+            **drawn,
         )
     rows = recipe.batch_size if recipe.space == "gain" else 1
     return ZO(
         space.layout,
-        seed=recipe.seed,
         per_step=(recipe.directions or max(1, round(1 / recipe.depth))) * rows,
-        kind=recipe.noise,
-        eps=recipe.eps or EPS,
         clip=recipe.clip,
         clip_quantile=recipe.clip_quantile,
         optimizer=recipe.optimizer,
         momentum=recipe.momentum,
         step_size=recipe.step_size,
         search_every=recipe.search_every,
-        device=device,
+        **drawn,
     )
 
 
