@@ -2,12 +2,11 @@
 
 import dataclasses
 import math
-from collections.abc import Iterable
 from typing import Any
 
 import gradio as gr
 
-from zo_engine.recipe import HEADINGS, Recipe
+from zo_engine.recipe import Recipe
 
 FIELDS = {f.name: f for f in dataclasses.fields(Recipe)}
 
@@ -19,16 +18,6 @@ def label(name: str) -> str:
 def help_of(name: str) -> str:
     text = FIELDS[name].metadata["help"]
     return text[:1].upper() + text[1:]
-
-
-def parts(names: Iterable[str]) -> dict[str, list[str]]:
-    """Settings under the recipe's headings for them, in its order."""
-    found, wanted, heading = {}, set(names), ""
-    for name in FIELDS:
-        heading = HEADINGS.get(name, heading)
-        if name in wanted:
-            found.setdefault(heading, []).append(name)
-    return found
 
 
 def component(name: str, **looks: Any) -> gr.components.Component:

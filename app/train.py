@@ -72,7 +72,7 @@ class Training:
             advanced = gr.Accordion("Advanced", open=False)
         with advanced, gr.Tabs(overflow_behavior="wrap"):
             with gr.Tab("Every other setting"):
-                for heading, names in form.parts(ADVANCED).items():
+                for heading, names in recipes.parts(ADVANCED).items():
                     gr.HTML(f"<h3>{heading}</h3>", elem_classes="qzo-part")
                     with gr.Row(elem_classes="qzo-form"):
                         for name in names:

@@ -44,6 +44,7 @@ from app.texts import Texts, given  # noqa: E402
 from app.train import ADVANCED, ALL, ELSEWHERE, OF_PICTURES, OF_TEXTS, PARTS, Training, pictured  # noqa: E402
 from app.worker import WAITING, taken  # noqa: E402
 from zo_engine import chat as chats  # noqa: E402
+from zo_engine import recipe as recipes  # noqa: E402
 from zo_engine.hub import sides  # noqa: E402
 from zo_engine.journal import Move, Step  # noqa: E402
 from zo_engine.recipe import HEADINGS, Recipe  # noqa: E402
@@ -505,7 +506,7 @@ def test_a_recipe_is_loaded_for_the_pictures_that_are_here(place, tmp_path):
 
 
 def test_other_settings_stand_under_headings():
-    parts = form.parts(ADVANCED)
+    parts = recipes.parts(ADVANCED)
     assert tuple(name for names in parts.values() for name in names) == ADVANCED  # each once, in the recipe's order
     assert set(HEADINGS) < set(form.FIELDS) and list(parts) == list(HEADINGS.values())
     assert parts["The machine"][0] == "seed" and "optimizer" in parts["What a step does"]

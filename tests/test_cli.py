@@ -1,6 +1,8 @@
 """The command line from the outside: what works prints paths, what does not is one sentence and exit code 2."""
 
+import dataclasses
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -64,6 +66,16 @@ def test_json_is_one_object_a_line(qzo, recipe):
     code, out, _ = qzo("train", recipe, "--json")
     lines = [json.loads(line) for line in out.splitlines()]
     assert code == 0 and [line["step"] for line in lines] == [1, 2, 3, 3] and lines[-1]["state"] == "done"
+
+
+def test_help_has_every_setting_under_a_heading(qzo):
+    _, out, _ = qzo("train", "--help")
+    sections = re.split(r"^(\S.*):$", out, flags=re.MULTILINE)[1:]
+    found = {heading: re.findall(r"^  (?:-h, )?--([\w-]+)", text, re.MULTILINE)
+             for heading, text in zip(sections[::2], sections[1::2], strict=True)}  # fmt: skip
+    assert found.pop("Options") == ["out", "json", "help"]
+    assert list(found) == list(recipes.HEADINGS.values())
+    assert sum(found.values(), []) == [f.name.replace("_", "-") for f in dataclasses.fields(recipes.Recipe)]
 
 
 def test_an_existing_run_is_not_trained_over(qzo, recipe, tmp_path):

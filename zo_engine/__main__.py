@@ -58,6 +58,18 @@ def recipe_options(command: Callable) -> Callable:
     return command
 
 
+class Settings(click.Command):
+    """A command that takes the recipe's settings; its help has them under the recipe's headings."""
+
+    def format_options(self, context: click.Context, formatter: click.HelpFormatter) -> None:
+        records = {p.name: found for p in self.get_params(context) if (found := p.get_help_record(context))}
+        parts = recipes.parts(records)
+        settings = {name for names in parts.values() for name in names}
+        for heading, names in ({"Options": [name for name in records if name not in settings]} | parts).items():
+            with formatter.section(heading):
+                formatter.write_dl([records[name] for name in names])
+
+
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.version_option(__version__, prog_name="qzo")
 @click.option(
@@ -69,7 +81,7 @@ def cli(context: click.Context, runs_dir: Path) -> None:
     context.obj = runs_dir
 
 
-@cli.command()
+@cli.command(cls=Settings)
 @click.argument("recipe", type=click.Path(path_type=Path))
 @out_option
 @json_option

@@ -8,7 +8,7 @@ import dataclasses
 import difflib
 import math
 import tomllib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -245,6 +245,16 @@ class Recipe:
         values["doubles"] = "batch" if self.grows_batch else "directions"
         values["halvings"] = 0 if self.reward else self.halvings
         return values | {"model": named(self.model)}
+
+
+def parts(names: Iterable[str]) -> dict[str, list[str]]:
+    """Settings by the headings of their parts, in the recipe's order; what is no setting is left out."""
+    found, wanted, heading = {}, set(names), ""
+    for field in fields(Recipe):
+        heading = HEADINGS.get(field.name, heading)
+        if field.name in wanted:
+            found.setdefault(heading, []).append(field.name)
+    return found
 
 
 def budgeted(recipe: Recipe) -> Recipe:
