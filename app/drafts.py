@@ -26,7 +26,7 @@ from PIL import Image
 from zo_engine import dataset
 from zo_engine import recipe as recipes
 from zo_engine.dataset import DataError, Picture, Problem
-from zo_engine.hub import CHECKOUT, MODELS, SD3_MULTIPLE, find, is_language, resolution, sides
+from zo_engine.hub import CHECKOUT, MODELS, find, is_language, resolution, sides
 from zo_engine.run import new_name, write_atomic
 from zo_engine.texts import HUB, SUFFIXES
 
@@ -221,8 +221,7 @@ class Draft:
 
     def buckets(self) -> list[tuple[int, int]]:
         """What pictures are fitted to. Raises DataError for a resolution, ModelError for a folder that is no model."""
-        folder = find(self.recipe().model)
-        return dataset.buckets(self.resolution(), *(sides(folder) if folder else (SD3_MULTIPLE,)))
+        return dataset.buckets(self.resolution(), *sides(find(self.recipe().model)))
 
     def resolution(self) -> str:
         """The recipe's, or its model's."""

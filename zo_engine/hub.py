@@ -457,9 +457,11 @@ def open_shard(path: Path, framework: str):
         raise ModelError(f"{path} is not a complete safetensors file ({error}); {what}") from error
 
 
-def sides(folder: Path) -> tuple[int, int]:
+def sides(folder: Path | None) -> tuple[int, ...]:
     """Pixels: pictures' sides must be multiples of the first, a patch, and no more than the second, for which the model
-    has places."""
+    has places; of a model that is not here yet the first alone is known."""
+    if folder is None:
+        return (SD3_MULTIPLE,)
     config = Path(folder) / "transformer" / "config.json"
     found = {"pos_embed_max_size": 96, **read_json(config)}  # as the class has it
     for name, most in (("patch_size", 64), ("pos_embed_max_size", 4096)):

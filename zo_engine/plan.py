@@ -34,7 +34,7 @@ from zo_engine import dataset, hub, tokens
 from zo_engine import recipe as recipes
 from zo_engine.blocks import PART, Prefix, Replay, answering, levels, relayed
 from zo_engine.cache import encode
-from zo_engine.hub import SD3_MULTIPLE, find, is_language, language_config, read_json, text_length
+from zo_engine.hub import find, is_language, language_config, read_json, text_length
 from zo_engine.models import TEXT_PARTS, bring_of
 from zo_engine.narrow import FORMS, NarrowLinear
 from zo_engine.newton import TRIES, GaussNewton
@@ -865,7 +865,7 @@ def of(
     size = None
     if pictures:
         named = (recipe and recipe.resolution) or (str(resolution) if resolution else hub.resolution(name, folder))
-        size = max(dataset.sizes(named, *(hub.sides(folder) if folder else (SD3_MULTIPLE,))), key=math.prod)
+        size = max(dataset.sizes(named, *hub.sides(folder)), key=math.prod)
     work, examples, mean = Work(batch_size, length, size), 0, 0
     if recipe:
         if folder and recipe.texts and not recipe.task:
