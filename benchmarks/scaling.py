@@ -1,7 +1,7 @@
 """(f) How passes grow with a model, what a forward costs on Stable Diffusion 3.5 Large, and what the embedded model's
 passes would take there.
 
-    python benchmarks/scaling.py [--sizes]      # --sizes: also train and measure (half an hour, then quarter of one)
+    python benchmarks/scaling.py [--sizes [64x6 ...]]   # --sizes: also train and measure, all or those (80 minutes)
 
 Sizes: language models made as tiny-llm was, in other widths and depths, with as many steps. Each learns the sailor's
 voice by the recipe of styles/voice; the passes are those to 85 % of the fall that first-order Adam makes on the same
@@ -35,7 +35,7 @@ from zo_engine.recipe import Recipe
 from zo_engine.style import make_space, views_of
 from zo_engine.tasks.diffusion import flow_losses
 
-SIZES = ((64, 6), (128, 6), (192, 3), (192, 6))  # widths and blocks of language models; the last is tiny-llm
+SIZES = ("64x6", "128x6", "192x3", "192x6")  # width x blocks of language models; the last is tiny-llm
 STEPS = 1219  # of training, for which tiny-llm was trained too
 PASSES = 400  # up to which ours learns on
 SHEET = 165e12  # operations a second: an RTX 4090 with bf16 factors and fp32 sums, dense, by NVIDIA's data sheet
@@ -63,21 +63,22 @@ def to_share(ours: Curve, first_order: Curve) -> float | None:
     return forwards_to(ours, start - SHARE * (start - lowest(first_order)))
 
 
-def made(width: int, blocks: int) -> str:
+def made(size: str) -> str:
     """The language model of a size, trained where it is missing."""
-    if (width, blocks) == SIZES[-1]:
+    if size == SIZES[-1]:
         return "tiny-llm"
-    folder = CACHE / "sizes" / f"{width}x{blocks}"
+    folder = CACHE / "sizes" / size
     if not folder.exists():
+        width, blocks = size.split("x")
         given = {"width": width, "blocks": blocks, "steps": STEPS, "out": folder, "figures": f"{folder}.md"}
         words = [str(word) for name, value in given.items() for word in (f"--{name}", value)]
         subprocess.run([sys.executable, CHECKOUT / "assets" / "build_tiny_llm.py", *words], check=True)
     return str(folder)
 
 
-def sized(width: int, blocks: int, seeds: tuple[int, ...] = (0, 1, 2)) -> dict:
+def sized(size: str, seeds: tuple[int, ...] = (0, 1, 2)) -> dict:
     """What the sailor's voice takes on a language model of a size."""
-    recipe, chosen, found = dataclasses.replace(recipe_of("voice"), model=made(width, blocks)), {}, {}
+    recipe, chosen, found = dataclasses.replace(recipe_of("voice"), model=made(size)), {}, {}
     for seed in seeds:
         contest = Contest(task_of("voice", dataclasses.replace(recipe, seed=seed)), chosen, 0, 60, 0)
         ours = zeroth(contest.studio, contest.recipe, 1, PASSES).curve
@@ -85,7 +86,8 @@ def sized(width: int, blocks: int, seeds: tuple[int, ...] = (0, 1, 2)) -> dict:
         found[seed] = {"passes": to_share(ours, adam), "start": ours[0][1], OURS: lowest(ours), LONG: lowest(adam)}
     with torch.device("meta"):
         parameters = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(locate(recipe.model))).num_parameters()
-    return {"parameters": parameters, "numbers": contest.studio.space.layout.size, "seeds": found}
+    numbers = contest.studio.space.layout.size
+    return {"measured": circumstances(), "parameters": parameters, "numbers": numbers, "seeds": found}
 
 
 def growth(sizes: dict[str, dict]) -> float | None:
@@ -99,15 +101,14 @@ def growth(sizes: dict[str, dict]) -> float | None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sizes", action="store_true", help="train and measure the language models again")
+    parser.add_argument("--sizes", nargs="*", choices=SIZES, help="train and measure these models again, or all")
     file = RESULTS / "scaling.json"
-    before = json.loads(file.read_text()).get("sizes", {}) if file.exists() else {}
-    if parser.parse_args().sizes:
-        before = {"measured": circumstances(), "voice": {}}
-        for width, blocks in SIZES:
-            before["voice"][f"{width} wide, {blocks} blocks"] = found = sized(width, blocks)
-            print(width, blocks, json.dumps(found), flush=True)
-        before["power"] = growth(before["voice"])
+    sizes = json.loads(file.read_text())["sizes"] if file.exists() else {}
+    again = parser.parse_args().sizes
+    for size in SIZES if again == [] else again or ():
+        sizes[size] = sized(size)
+        print(size, json.dumps(sizes[size]), flush=True)
+    power = growth(sizes)
     large, tiny = plan.SHAPES["sd3.5-large"], read_json(locate("tiny-sd3") / "transformer" / "config.json")
     of_large, of_tiny = operations(large, (512, 512), 333), operations(tiny, (64, 96), 77)
     numbers = {"sd3.5-large": moved(large), "tiny-sd3": moved(tiny)}
@@ -115,10 +116,11 @@ def main() -> None:
     demo = max(curve[-1][0] for curve in curves[OURS].values())  # the demonstration's 36 steps
     longest = curves[OURS] | curves.get(LONGER, {})
     times = {f"{time} x": float(time) for time in TIMES}
-    if before.get("power"):
-        times["grown as measured"] = (numbers["sd3.5-large"] / numbers["tiny-sd3"]) ** before["power"]
+    if power:
+        times["grown as measured"] = (numbers["sd3.5-large"] / numbers["tiny-sd3"]) ** power
     figures = {
-        "sizes": before,
+        "sizes": sizes,
+        "power of the numbers moved with which passes grow": power,
         "not run": "an extrapolation; no figure from here on is from a GPU",
         "operations of a forward of 32 pictures": {"sd3.5-large, 512 px": of_large, "tiny-sd3, 64 x 96 px": of_tiny},
         "gains": numbers,
