@@ -8,11 +8,13 @@ No path of a request is ever joined before its parts were found in a listing or 
 """
 
 import functools
+import mimetypes
 import re
 from pathlib import Path
 from urllib.parse import quote
 
-from starlette.responses import FileResponse, PlainTextResponse, Response
+from starlette.concurrency import run_in_threadpool
+from starlette.responses import PlainTextResponse, Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from app.drafts import EXAMPLES, Drafts, small
@@ -51,13 +53,17 @@ class Media:
         if found is None:
             return await PlainTextResponse("there is no such file", 404)(scope, receive, send)
         path, download = found
-        headers = headers if not download else {"Cache-Control": "no-store"}
-        try:
-            content = path.stat()
+        try:  # as a whole: a file that a run replaces meanwhile must not be answered with the length of the one before
+            content = await run_in_threadpool(path.read_bytes)
         except OSError:  # renamed or put away this moment
             return await PlainTextResponse("there is no such file", 404)(scope, receive, send)
-        answer = FileResponse(path, headers=headers, filename=download or None, stat_result=content)
-        await answer(scope, receive, send)
+        if download:
+            headers = {
+                "Cache-Control": "no-store",
+                "Content-Disposition": f"attachment; filename*=UTF-8''{quote(download)}",
+            }
+        kind, _ = mimetypes.guess_type(path)
+        await Response(content, headers=headers, media_type=kind or "application/octet-stream")(scope, receive, send)
 
     def example(self, kind: str = "", name: str = "", file: str = "") -> Path | None:
         """The picture of a bundled set, or None."""

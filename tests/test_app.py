@@ -11,6 +11,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import tracemalloc
 import zipfile
@@ -48,7 +49,7 @@ from zo_engine import recipe as recipes  # noqa: E402
 from zo_engine.hub import sides  # noqa: E402
 from zo_engine.journal import Move, Step  # noqa: E402
 from zo_engine.recipe import HEADINGS, Recipe  # noqa: E402
-from zo_engine.run import Run  # noqa: E402
+from zo_engine.run import Run, write_atomic  # noqa: E402
 
 CHECKOUT = Path(__file__).resolve().parent.parent
 web = httpx.Client(timeout=60)  # the machine may be busy
@@ -195,6 +196,31 @@ def test_only_media_can_be_read(server):
     for path in ("tarot/nobody.webp", "tarot/%2e%2e%2frecipe.toml", "..%2ftarot/00_the_fool.webp", "tarot"):
         assert code(f"media/example/{path}") == 404, path
     assert code(f"gradio_api/file={run.path / 'secret.png'}") == 403
+
+
+def test_a_file_that_is_replaced_while_it_is_asked_for_arrives_whole(server):
+    """A plot is drawn again with every step; an answer with the old one's length is one that a browser throws away."""
+    address, place = server
+    run = Run.create(place.runs / "drawn", Recipe())
+    (run.path / "plots").mkdir()
+    versions = [bytes([65 + i]) * (50_000 * i + 1) for i in range(4)]
+    write_atomic(run.path / "plots" / "loss.png", versions[0])
+    over = threading.Event()
+
+    def draw_again() -> None:
+        while not over.is_set():
+            for version in versions:
+                write_atomic(run.path / "plots" / "loss.png", version)
+
+    writer = threading.Thread(target=draw_again)
+    writer.start()
+    try:
+        answers = [web.get(f"{address}/media/run/drawn/plots/loss.png") for _ in range(300)]
+    finally:
+        over.set()
+        writer.join()
+    assert {answer.headers["content-type"] for answer in answers} == {"image/png"}
+    assert {answer.content for answer in answers} <= set(versions) and len({a.content for a in answers}) > 1
 
 
 # Pictures and captions
