@@ -152,6 +152,26 @@ def test_atomic_write_keeps_the_old_file_on_a_full_disk(tmp_path, monkeypatch):
     assert path.read_bytes() == b"old" and os.listdir(tmp_path) == ["style"]
 
 
+def test_a_file_that_is_being_read_is_replaced_when_it_has_been(tmp_path, monkeypatch):
+    """What Windows does while another process reads a file."""
+    path, refusals, really = tmp_path / "status.json", [], os.replace
+    write_atomic(path, b"old")
+
+    def read_by_another(source, target):
+        refusals.append(path.read_bytes())
+        if len(refusals) < 3 or path.read_bytes() == b"new":
+            raise PermissionError(errno.EACCES, "Access is denied")
+        really(source, target)
+
+    monkeypatch.setattr(os, "replace", read_by_another)
+    write_atomic(path, b"new")
+    assert refusals == [b"old"] * 3 and path.read_bytes() == b"new"
+    monkeypatch.setattr(run_module, "PATIENCE", 0.1)
+    with pytest.raises(PermissionError, match="Access is denied"):
+        write_atomic(path, b"newer")
+    assert path.read_bytes() == b"new" and os.listdir(tmp_path) == ["status.json"]
+
+
 def test_status_has_no_words_json_lacks(run):
     run.write_status("running", loss=math.nan, step=3)
     text = (run.path / "status.json").read_text()

@@ -24,6 +24,7 @@ import os
 import re
 import shutil
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import datetime
@@ -39,6 +40,7 @@ from zo_engine.journal import JournalError, Record
 
 STATES = ("running", "stopped", "done", "failed")
 REQUESTS = ("preview", "save")  # what may be asked of a run while it trains
+PATIENCE = 5.0  # seconds in which a file that somebody reads is tried to be replaced again
 BEAT = 0.5  # seconds between two heartbeats
 LOG = 2**22  # bytes of a log, after which it makes way for another; one older one is kept
 
@@ -56,10 +58,24 @@ def write_atomic(path: Path, data: bytes | str) -> None:
             file.write(data.encode() if isinstance(data, str) else data)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, path)
-        _sync_folder(path.parent)
+        replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def replace(source: Path, target: Path) -> None:
+    """`source` gets the name of `target`, on disk when this returns. While somebody reads either, the page or a virus
+    scanner, Windows refuses: it is asked again, for up to PATIENCE seconds."""
+    over = time.monotonic() + PATIENCE
+    while True:
+        try:
+            os.replace(source, target)
+            break
+        except PermissionError:
+            if time.monotonic() > over:
+                raise
+            time.sleep(0.02)
+    _sync_folder(target.parent)
 
 
 def make_folder(folder: Path) -> None:
@@ -83,12 +99,11 @@ def appearing(folder: Path) -> Iterator[Path]:
         work.mkdir()
         yield work
         for file in (f for f in work.rglob("*") if f.is_file()):
-            with open(file, "rb") as written:
+            with open(file, "rb" if os.name == "posix" else "r+b") as written:  # Windows flushes what may be written to
                 os.fsync(written.fileno())
         for inside in (f for f in (work, *work.rglob("*")) if f.is_dir()):
             _sync_folder(inside)
-        os.replace(work, folder)
-        _sync_folder(folder.parent)
+        replace(work, folder)
     finally:
         shutil.rmtree(work, ignore_errors=True)
 
@@ -263,7 +278,7 @@ class Run:
     def log(self, text: str) -> None:
         stamp = datetime.now().strftime("%Y-%m-%d %H:%M:%S")
         if self.log_file.exists() and self.log_file.stat().st_size > LOG:
-            os.replace(self.log_file, self.log_file.with_name("log.old.txt"))
+            replace(self.log_file, self.log_file.with_name("log.old.txt"))
         with open(self.log_file, "a", encoding="utf-8") as file:
             file.write(f"{stamp} {text}\n")
 
@@ -286,8 +301,7 @@ class Run:
     def forget_evaluations(self) -> None:
         """Every held-out loss is to be measured again, on the way of the next resume; the old ones are kept aside."""
         if self.evaluations_file.exists():
-            os.replace(self.evaluations_file, self.evaluations_file.with_name(f"{self.evaluations_file.name}.before"))
-            _sync_folder(self.path)
+            replace(self.evaluations_file, self.evaluations_file.with_name(f"{self.evaluations_file.name}.before"))
         self.best_file.unlink(missing_ok=True)
 
     def recover(self) -> list[str]:
@@ -390,7 +404,7 @@ def _held(files: Any) -> bool:
 def _append(file: Path, line: str) -> None:
     """A line with its checksum at the end of a file, on disk when this returns."""
     new = not file.exists()
-    with open(file, "a", encoding="utf-8") as out:
+    with open(file, "a", encoding="utf-8", newline="\n") as out:
         out.write(journal.seal(line) + "\n")
         out.flush()
         os.fsync(out.fileno())
