@@ -83,7 +83,7 @@ class Recipe:
     rows: int = setting(0, "rows of one forward pass, to bound memory; 0: as many as a processor's caches like", low=0)
     space: str = setting("gain", "what moves: gains per row, one scale per group, or the published absolute form",
                          choices=("gain", "group", "absolute"))  # fmt: skip
-    moves: str = setting("scales", "aqlm: the scales, or the codebooks, which need space group or absolute",
+    moves: str = setting("scales", "AQLM: the scales, or the codebooks, which need space group or absolute",
                          choices=("scales", "codebooks"))  # fmt: skip
     depth: float = setting(0.34, "share of the blocks that is tuned, from the output; 1: every layer", low=0.02, high=1)
     layers: tuple[str, ...] = setting((), "layers that are tuned, by parts of their names, such as o_proj, attn or "
