@@ -107,9 +107,9 @@ def visit(server, browser):
 
     def heard(message) -> None:
         """Gradio ends the session of a page that is left before it is gone, and a server that was started again knows
-        none; the last questions of such a page find it ended."""
-        over = message.page in leaving or came_from.get(message.page) is not server.process
-        if message.type == "error" and not (message.text == ENDED and over):
+        none; the last questions of such a page find it ended, or are cut off in the middle of an answer."""
+        over = message.page in leaving or came_from.get(message.page, server.process).poll() is not None
+        if message.type == "error" and not (over and (message.text == ENDED or "net::ERR_" in message.text)):
             wrong.append(message.text)
 
     def open_page(query: str | None = "", width: int = 1280):
