@@ -5,12 +5,12 @@ passes would take there.
 
 Sizes: language models made as tiny-llm was, in other widths and depths, with as many steps. Each learns the sailor's
 voice by the recipe of styles/voice; the passes are those to 85 % of the fall that first-order Adam makes on the same
-gains. They grow as a power of the numbers that are moved, or so they are fitted.
+gains. A power of the numbers that are moved is fitted to them.
 
 The rest is an extrapolation, and marked as one: nothing of it has been run on a GPU. The arithmetic of a forward of 32
 pictures is counted on the meta device by torch's FlopCounterMode, in the model's own class; the passes are those of the
-demonstration's run, as they are, times 3, times 10, and grown as measured. RATE is an assumed share of a card's data
-sheet.
+demonstration's run, as they are, times 3, times 10, grown as fitted, and by two standard errors more than that. RATE is
+an assumed share of a card's data sheet.
 """
 
 import argparse
@@ -90,13 +90,14 @@ def sized(size: str, seeds: tuple[int, ...] = (0, 1, 2)) -> dict:
     return {"measured": circumstances(), "parameters": parameters, "numbers": numbers, "seeds": found}
 
 
-def growth(sizes: dict[str, dict]) -> float | None:
-    """The power of the numbers moved with which the passes grow, least squares of the logarithms over sizes and seeds;
-    None where a run did not come so far."""
-    points = [(size["numbers"], seed["passes"]) for size in sizes.values() for seed in size["seeds"].values()]
-    if not points or None in (passes for _, passes in points):
+def growth(sizes: dict[str, dict]) -> tuple[float, float] | None:
+    """(power, standard error) of the numbers moved with which the passes grow, by least squares of the logarithms; one
+    point a size, for seeds share the model. None where a run did not come so far, or sizes are missing."""
+    found = {size["numbers"]: [seed["passes"] for seed in size["seeds"].values()] for size in sizes.values()}
+    if len(found) < len(SIZES) or any(None in passes for passes in found.values()):
         return None
-    return float(np.polyfit(*np.log(points).T, 1)[0])
+    slope, covariance = np.polyfit(np.log([*found]), [np.log(passes).mean() for passes in found.values()], 1, cov=True)
+    return float(slope[0]), float(covariance[0, 0] ** 0.5)
 
 
 def main() -> None:
@@ -108,7 +109,7 @@ def main() -> None:
     for size in SIZES if again == [] else again or ():
         sizes[size] = sized(size)
         print(size, json.dumps(sizes[size]), flush=True)
-    power = growth(sizes)
+    grown = growth(sizes)
     large, tiny = plan.SHAPES["sd3.5-large"], read_json(locate("tiny-sd3") / "transformer" / "config.json")
     of_large, of_tiny = operations(large, (512, 512), 333), operations(tiny, (64, 96), 77)
     numbers = {"sd3.5-large": moved(large), "tiny-sd3": moved(tiny)}
@@ -116,11 +117,13 @@ def main() -> None:
     demo = max(curve[-1][0] for curve in curves[OURS].values())  # the demonstration's 36 steps
     longest = curves[OURS] | curves.get(LONGER, {})
     times = {f"{time} x": float(time) for time in TIMES}
-    if power:
-        times["grown as measured"] = (numbers["sd3.5-large"] / numbers["tiny-sd3"]) ** power
+    if grown:
+        power, error = grown
+        for name, exponent in (("grown as measured", power), ("two standard errors more", power + 2 * error)):
+            times[name] = (numbers["sd3.5-large"] / numbers["tiny-sd3"]) ** exponent
     figures = {
         "sizes": sizes,
-        "power of the numbers moved with which passes grow": power,
+        "power of the numbers moved with which passes grow, and its standard error": grown,
         "not run": "an extrapolation; no figure from here on is from a GPU",
         "operations of a forward of 32 pictures": {"sd3.5-large, 512 px": of_large, "tiny-sd3, 64 x 96 px": of_tiny},
         "gains": numbers,
