@@ -3,7 +3,7 @@ several seeds; a table, the targets, and a plot.
 
     python benchmarks/learning.py [--task tarot | woodcut | voice | sentiment | json | repair]
                                   [--quantization nf4 | gptq | aqlm] [--seeds 0 1 2] [--only ours LoRA ...] [--anew]
-    python benchmarks/learning.py --all        # no runs: the tables of every task so far, as results/arena.md
+    python benchmarks/learning.py --all    # no runs: the plots of every task so far, and its tables: results/arena.md
 
 Contestants: ours; QZO's published form with the best of a sweep of step sizes, and as published; MeZO on plain
 weights, the best of a sweep; and with exact gradients, each with the best of a sweep of rates, Adam on the gains that
@@ -57,6 +57,7 @@ from zo_engine.recipe import Recipe
 from zo_engine.run import write_atomic
 from zo_engine.train import Studio
 
+TICKS = (0, 50, 100, 200, 500, 1000, 2000, 5000, 10000)  # of plots, in forwards
 STEP_SIZES = (1e-3, 3e-3, 1e-2, 3e-2)  # of the sweep; the published one is 1e-6
 MEZO_SIZES = (1e-5, 1e-4, 1e-3)  # its authors': 1e-7 to 1e-6, on models a thousand times as large
 RATES = (3e-2, 1e-1, 2e-1)  # of first-order Adam's sweep: of logarithms of gains
@@ -164,7 +165,7 @@ def main() -> None:
     parser.add_argument("--published-steps", type=int, default=720)
     parser.add_argument("--adam-steps", type=int, help="240 with pictures, 60 with texts, if not given")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--all", action="store_true", help="make no runs, but the tables of every task so far")
+    parser.add_argument("--all", action="store_true", help="make no runs, but tables and plots of every task so far")
     given = parser.parse_args()
     if given.all:
         print(write_all())
@@ -317,7 +318,9 @@ def plot(results: dict[str, dict[str, Curve]], path: Path, tests: dict[str, dict
         axes.axhline(np.mean(optimum), color="0.5", ls="--", lw=1, label="before the damage")
     axes.set_xlabel(f"forwards of {PICTURES} (log scale beyond 100)")
     axes.set_xscale("symlog", linthresh=100)
-    axes.set_xlim(left=0)
+    axes.set_xlim(0, last := axes.dataLim.x1)
+    axes.set_xticks([x for x in TICKS if x <= last], [f"{x:,}" for x in TICKS if x <= last])
+    axes.minorticks_off()
     axes.set_ylabel("held-out loss")
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
@@ -325,7 +328,7 @@ def plot(results: dict[str, dict[str, Curve]], path: Path, tests: dict[str, dict
 
 
 def write_all() -> Path:
-    """results/arena.md: of every task that was run, the losses, what they cost, and which targets hold."""
+    """results/arena.md: of every task that was run, the losses, what they cost, and which targets hold. Its plot."""
     lines = ["# The arena", "", "Made by `python benchmarks/learning.py --all` from the result files beside it.", ""]
     verdicts = ["| task | a tenth of the published form's passes to its end (to its lowest loss on the way) "
                 "| 85 % of the gap in 4,000 | seeds within 5 % |"]  # fmt: skip
@@ -333,6 +336,7 @@ def write_all() -> Path:
     for file in sorted(RESULTS.glob("learning*.json")):
         found = json.loads(file.read_text())
         curves, tests, memory = found["curves"], found["tests"], found.get("memory", {})
+        plot(curves, file.with_suffix(".png"), tests)
         name = file.stem.removeprefix("learning-").replace("learning", "tarot")
         verdicts.append(f"| {name} | " + " | ".join(said(targets(curves))) + " |")
         heads = PICTURES_TESTED if "look" in next(iter(tests.get("start", {"": {}}).values())) else TEXTS_TESTED
