@@ -291,8 +291,8 @@ def memory_of_first_order(studio: Studio, tuned: Tuned) -> int:
 
 
 def memory_of_zeroth(studio: Studio, recipe: Recipe) -> int:
-    """Bytes at the peak of a step, with passes of PICTURES rows like the others."""
-    studio = studio.changed(**vars(dataclasses.replace(recipe, rows=PICTURES)))
+    """Bytes at the peak of a step on a whole batch, with passes of PICTURES rows like the others."""
+    studio = studio.changed(**vars(dataclasses.replace(recipe, rows=PICTURES, halvings=0)))
     with tempfile.TemporaryDirectory() as folder:
         training = Training(Run.create(Path(folder) / "run", studio.recipe), studio)
         return resident(studio.model) + training.method.theta.nbytes + counted(training.step)

@@ -7,6 +7,7 @@ import pytest
 import test_text_train
 from test_train import go
 
+from zo_engine.__main__ import finish
 from zo_engine.convergence import LEAST, trend
 from zo_engine.recipe import GROWTH, HALVED, Recipe
 from zo_engine.run import Run
@@ -80,3 +81,13 @@ def test_a_run_says_that_it_is_flat_and_ends_there_if_it_may(studio, tmp_path, m
     assert ends(go(studio, tmp_path / "early", stop_when_flat=True, **settings)) == first  # a resume ends there too
     long = go(studio, tmp_path / "long", **settings | {"steps": first + 2})
     assert ends(long) == first + 2 and long.evaluations()[: first + 1] == early.evaluations()
+
+
+@pytest.mark.parametrize(("looks", "said"), [(61, True), (LEAST - 1, False)])
+def test_only_what_can_be_judged_is_said_of_further_steps(tmp_path, capsys, looks, said):
+    run = Run.create(tmp_path / "run", Recipe(steps=60, doublings=0))
+    for facts in evaluations(lambda step: 1 - step / 100)[:looks]:
+        run.append_evaluation(facts | {"loss": float(np.mean(facts["items"]))})
+    run.write_status("done", step=looks - 1, best_step=looks - 1, best_held_out=0.5)
+    finish("done", run, False)
+    assert ("more steps may bring more" in capsys.readouterr().out) == said

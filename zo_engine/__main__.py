@@ -186,6 +186,8 @@ def finish(state: str, run: Run, as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps(run.status()))
     elif state == "done":
+        from zo_engine.convergence import trend
+
         evaluations = run.evaluations()
         click.echo(f"held-out loss {evaluations[0]['loss']:.4f} -> {run.status()['best_held_out']:.4f}")
         best = next(e for e in evaluations if e["step"] == run.status()["best_step"])
@@ -193,7 +195,7 @@ def finish(state: str, run: Run, as_json: bool) -> None:
             click.echo(f"{figure} {evaluations[0][figure]:.3f} -> {best[figure]:.3f}")
         if flat := run.status().get("flat", ""):
             click.echo(f"{flat}; more steps would bring little")
-        elif evaluations[-1]["step"] and run.status()["best_held_out"] != 0:  # where every answer is worth one
+        elif run.status()["best_held_out"] and trend(evaluations, run.recipe().widened(evaluations[-1]["step"])):
             click.echo("the held-out loss has not clearly stopped falling: more steps may bring more")
         for title, path in (("previews", run.previews), ("plot", run.plot_file), ("style", run.style_file)):
             click.echo(f"{title:10} {path}")
